@@ -1,0 +1,225 @@
+"""KV memory: slabs preallocated per row, reused between requests, addressed by slot.
+
+A slab is one tensor [layers, 2, kv_heads, capacity, head_dim] (keys after rotary embedding, then values); layer i's keys
+of the first S slots are `slab[i, 0, :, :S]`, contiguous per head. Slot and position are different numbers: a draft node
+sits in slot `length + index` at position `length - 1 + depth` until the accepted path is gathered to the front.
+Layers that are not plain KV (recurrent states, static cross memory, sparse keys) hang their own `LayerCache` on the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hasten.errors import MemoryFitError, out_of_range
+
+_STEP = 64  # slab capacities are multiples of this many slots, so that freed slabs fit again
+
+
+class LayerCache(Protocol):
+    """State of one layer that is not a plain KV slab: `kv_sparse`, `recurrent` or `cross`.
+
+    `truncate` may raise UnsupportedError (recurrent state cannot be cut); such a layer must offer snapshot and restore.
+    """
+
+    kind: str
+
+    def advance(self, tokens: int) -> None:
+        """Commit the first `tokens` positions of the last pass."""
+        ...
+
+    def gather(self, base: int, slots: Sequence[int]) -> None:
+        """Keep only these slots of the last pass, in this order."""
+        ...
+
+    def truncate(self, length: int) -> None:
+        """Forget everything after `length` positions."""
+        ...
+
+    def fork(self) -> LayerCache:
+        """An independent copy."""
+        ...
+
+    def snapshot(self) -> Any:
+        """A value that `restore` takes back."""
+        ...
+
+    def restore(self, snapshot: Any) -> None:
+        """Return to a snapshot."""
+        ...
+
+    def nbytes(self) -> int:
+        """Memory held, in bytes."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLayout:
+    """Shape of one row's slab: `layers` KV layers of `kv_heads` x `head_dim` numbers of `dtype`."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    def nbytes(self, slots: int) -> int:
+        """Bytes of a slab with this many slots."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * slots * self.dtype.itemsize
+
+
+class RowCache:
+    """The cache of one row: `length` committed slots of `capacity`; positions of slots in `positions` int64 [capacity]."""
+
+    __slots__ = ("_pool", "capacity", "layers", "length", "others", "positions", "slab")
+
+    def __init__(self, pool: CachePool, slab: Tensor) -> None:
+        self._pool: CachePool | None = pool
+        self.slab = slab
+        self.capacity = slab.shape[3]
+        self.positions = torch.arange(self.capacity)
+        self.length = 0
+        self.layers = [(layer[0], layer[1]) for layer in slab]  # (keys, values), each [kv_heads, capacity, head_dim]
+        self.others: Mapping[int, LayerCache] = {}
+
+    def reserve(self, start: int, positions: Tensor) -> int:
+        """Note the positions of a pass's queries in slots start..; return the number of slots then visible.
+
+        Raises MemoryFitError when they do not fit: the engine admits no row that could need more.
+        """
+        end = start + len(positions)
+        if end > self.capacity:
+            raise MemoryFitError(f"cache row holds {self.capacity} slots, the pass needs {end}")
+        self.positions[start:end] = positions
+        return max(end, self.length)
+
+    def advance(self, tokens: int) -> None:
+        """Commit the next `tokens` slots as they were written."""
+        if tokens < 0 or self.length + tokens > self.capacity:
+            raise out_of_range("tokens", tokens, f"in [0, {self.capacity - self.length}]")
+        self.length += tokens
+        for layer in self.others.values():
+            layer.advance(tokens)
+
+    def gather(self, base: int, slots: Sequence[int]) -> None:
+        """Commit slots base + slots[j] as slots base, base + 1, ...; everything after is dead.
+
+        This is how an accepted path of a draft tree becomes the row's text; slots already in place are not copied.
+        """
+        keep = list(slots)
+        skip = 0
+        while skip < len(keep) and keep[skip] == skip:
+            skip += 1
+        if skip < len(keep):
+            index = torch.tensor(keep[skip:]) + base
+            target = slice(base + skip, base + len(keep))
+            self.slab[:, :, :, target] = self.slab[:, :, :, index]
+            self.positions[target] = self.positions[index]
+        self.length = base + len(keep)
+        for layer in self.others.values():
+            layer.gather(base, keep)
+
+    def truncate(self, length: int) -> None:
+        """Forget every slot from `length` on."""
+        if not 0 <= length <= self.length:
+            raise out_of_range("length", length, f"in [0, {self.length}]")
+        self.length = length
+        for layer in self.others.values():
+            layer.truncate(length)
+
+    def fork(self, capacity: int | None = None) -> RowCache:
+        """An independent row holding the same committed slots, with room for `capacity` slots (default: as many)."""
+        if self._pool is None:
+            raise out_of_range("cache", "released", "a live row")
+        twin = self._pool.open(max(capacity or self.capacity, self.length))
+        n = self.length
+        twin.slab[:, :, :, :n] = self.slab[:, :, :, :n]
+        twin.positions[:n] = self.positions[:n]
+        twin.length = n
+        twin.others = {i: layer.fork() for i, layer in self.others.items()}
+        return twin
+
+    def nbytes(self) -> int:
+        """Memory held by this row, in bytes."""
+        return self.slab.nbytes + sum(layer.nbytes() for layer in self.others.values())
+
+    def release(self) -> None:
+        """Give the slab back to the pool; the row must not be used afterwards. Safe to call twice."""
+        if self._pool is not None:
+            pool, self._pool = self._pool, None
+            pool.give_back(self.slab)
+
+
+class CachePool:
+    """Slabs of one layout within `budget_bytes`; freed slabs are kept and handed out again.
+
+    Admission asks `fits` (now) and `could_ever_fit`; `open` never exceeds the budget. Slab memory is touched only as
+    rows grow, so a large window reserved is not a large window used.
+    """
+
+    def __init__(self, layout: CacheLayout, budget_bytes: int) -> None:
+        if budget_bytes < layout.nbytes(_STEP):
+            raise MemoryFitError(
+                f"cache_bytes = {budget_bytes} is below one slab of {layout.nbytes(_STEP)} bytes ({_STEP} tokens)",
+                hint="give the cache more memory",
+                field="cache_bytes",
+            )
+        self.layout = layout
+        self.budget_bytes = budget_bytes
+        self.used_bytes = 0
+        self._free: list[Tensor] = []
+
+    @staticmethod
+    def _capacity(slots: int) -> int:
+        return max(_STEP, -(-slots // _STEP) * _STEP)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes in use plus bytes kept for reuse."""
+        return self.used_bytes + sum(slab.nbytes for slab in self._free)
+
+    def could_ever_fit(self, slots: int) -> bool:
+        """Whether a row of `slots` would fit into an empty pool."""
+        return self.layout.nbytes(self._capacity(slots)) <= self.budget_bytes
+
+    def fits(self, slots: int) -> bool:
+        """Whether a row of `slots` can be opened now."""
+        return self._pick(slots) is not None or (
+            self.used_bytes + self.layout.nbytes(self._capacity(slots)) <= self.budget_bytes
+        )
+
+    def _pick(self, slots: int) -> int | None:
+        """Index of the smallest free slab that holds `slots` without wasting more than half of itself."""
+        want = self._capacity(slots)
+        fitting = [(slab.shape[3], i) for i, slab in enumerate(self._free) if want <= slab.shape[3] <= 2 * want]
+        best = min(fitting, default=None)
+        return best[1] if best and self.used_bytes + self._free[best[1]].nbytes <= self.budget_bytes else None
+
+    def open(self, slots: int) -> RowCache:
+        """A row with room for at least `slots` tokens; raises MemoryFitError with the numbers when it does not fit."""
+        index = self._pick(slots)
+        if index is not None:
+            slab = self._free.pop(index)
+        else:
+            shape = (self.layout.layers, 2, self.layout.kv_heads, self._capacity(slots), self.layout.head_dim)
+            need = self.layout.nbytes(shape[3])
+            while self._free and self.held_bytes + need > self.budget_bytes:
+                self._free.pop(0)
+            if self.used_bytes + need > self.budget_bytes:
+                raise MemoryFitError(
+                    f"a cache row of {slots} tokens needs {need} bytes; {self.budget_bytes - self.used_bytes} of "
+                    f"{self.budget_bytes} are free",
+                    hint="ask for fewer tokens, or give the cache more memory",
+                    field="max_tokens",
+                )
+            slab = torch.empty(shape, dtype=self.layout.dtype)
+        self.used_bytes += slab.nbytes
+        return RowCache(self, slab)
+
+    def give_back(self, slab: Tensor) -> None:
+        """Take a slab back for reuse (rows call this from `release`)."""
+        self.used_bytes -= slab.nbytes
+        self._free.append(slab)
