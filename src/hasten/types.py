@@ -171,7 +171,7 @@ class TokenLogprob:
 class Usage:
     """What a request cost: token counts, target forwards and computed query tokens, times in seconds.
 
-    `forwards` counts target passes after the prompt was read (so tokens / forwards is the block efficiency);
+    `forwards` counts target passes after the prompt was read; the pass that read the prompt yields the first token.
     `computed_tokens` counts query tokens through the target, prompt and rejected drafts included.
     """
 
@@ -186,13 +186,13 @@ class Usage:
 
     @property
     def tokens_per_forward(self) -> float:
-        """Committed tokens per target pass; 1.0 for plain decoding."""
-        return self.completion_tokens / self.forwards if self.forwards else 0.0
+        """Block efficiency: committed tokens per target pass, the prompt's own pass and token excluded."""
+        return (self.completion_tokens - 1) / self.forwards if self.forwards else 0.0
 
     @property
     def tokens_per_s(self) -> float:
-        """Committed tokens per second of decoding (the prompt excluded)."""
-        return self.completion_tokens / self.decode_s if self.decode_s > 0 else 0.0
+        """Tokens per second of decoding, from the first token on (reading the prompt excluded)."""
+        return (self.completion_tokens - 1) / self.decode_s if self.decode_s > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,16 +130,25 @@ class RowCache:
         for layer in self.others.values():
             layer.truncate(length)
 
+    def copy_from(self, other: RowCache) -> None:
+        """Take over the committed slots of `other` (same layout); this is how n choices share one reading of a prompt.
+
+        Raises MemoryFitError when they do not fit.
+        """
+        n = other.length
+        if n > self.capacity:
+            raise MemoryFitError(f"cache row holds {self.capacity} slots, the row to copy has {n}")
+        self.slab[:, :, :, :n] = other.slab[:, :, :, :n]
+        self.positions[:n] = other.positions[:n]
+        self.length = n
+        self.others = {i: layer.fork() for i, layer in other.others.items()}
+
     def fork(self, capacity: int | None = None) -> RowCache:
         """An independent row holding the same committed slots, with room for `capacity` slots (default: as many)."""
         if self._pool is None:
             raise out_of_range("cache", "released", "a live row")
         twin = self._pool.open(max(capacity or self.capacity, self.length))
-        n = self.length
-        twin.slab[:, :, :, :n] = self.slab[:, :, :, :n]
-        twin.positions[:n] = self.positions[:n]
-        twin.length = n
-        twin.others = {i: layer.fork() for i, layer in self.others.items()}
+        twin.copy_from(self)
         return twin
 
     def nbytes(self) -> int:

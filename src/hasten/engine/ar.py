@@ -1,0 +1,365 @@
+"""The autoregressive loop: propose -> one target pass over [pending tokens + nodes] -> verify -> commit -> observe.
+
+A row's pending tokens are those not in its cache yet: a prompt (read in chunks), or the root, its last committed token.
+Draft nodes follow the root as a tree. Prefill, plain decoding and verification are therefore one code, and rows in
+different phases share a pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hasten.engine.cache import RowCache
+from hasten.engine.contracts import (
+    EMPTY_DRAFT,
+    NO_NEEDS,
+    Backbone,
+    Draft,
+    Drafter,
+    Feedback,
+    Law,
+    Needs,
+    Pass,
+    RowInput,
+    RowView,
+    Verdict,
+)
+from hasten.engine.limits import LIMITS
+from hasten.engine.masks import CAUSAL, Tree
+from hasten.engine.sampling import Sampler, token_logprob
+from hasten.engine.text import StopText
+from hasten.engine.trace import Trace
+from hasten.engine.verify import check_draft, check_law, depths, verify
+from hasten.types import FinishReason, Output, Request, TokenLogprob, Usage
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One choice of one request on its way: committed tokens, cache, sampler, text and counters."""
+
+    id: int
+    request_id: int
+    choice: int
+    request: Request
+    sampler: Sampler
+    text: StopText
+    cache: RowCache
+    eos_ids: frozenset[int]
+    limit: int
+    added_s: float
+    started_s: float
+    method: tuple[str, ...] = ("plain",)
+    drafter: Drafter | None = None
+    law: Law = "greedy"
+    budget: int = 0
+    lead: Row | None = None
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    reason: FinishReason | None = None
+    stop: str | int | None = None
+    error: str = ""
+    forwards: int = 0
+    computed: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    first_s: float = 0.0
+    opened: bool = False
+
+    @property
+    def prompt_len(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt)
+
+    @property
+    def generated(self) -> int:
+        """Tokens committed after the prompt."""
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def remaining(self) -> int:
+        """Tokens this row may still commit."""
+        return self.limit - self.generated
+
+    @property
+    def pending(self) -> int:
+        """Committed tokens that are not in the cache yet."""
+        return len(self.tokens) - self.cache.length
+
+    def view(self) -> RowView:
+        """What a drafter sees of this row."""
+        return RowView(self.id, self.tokens, self.remaining, self.sampler.params.temperature, self.sampler.seed)
+
+    def output(self, now_s: float) -> Output:
+        """The finished choice; `now_s` is on the trace clock."""
+        decoded = self.generated
+        usage = Usage(
+            prompt_tokens=self.prompt_len,
+            completion_tokens=decoded,
+            forwards=self.forwards,
+            computed_tokens=self.computed,
+            drafted_tokens=self.drafted,
+            accepted_tokens=self.accepted,
+            prefill_s=(self.first_s or now_s) - self.started_s,
+            decode_s=now_s - self.first_s if self.first_s else 0.0,
+        )
+        return Output(
+            text=self.text.text,
+            tokens=tuple(self.tokens[self.prompt_len :]),
+            finish_reason=self.reason or "abort",
+            usage=usage,
+            seed=self.sampler.seed,
+            choice=self.choice,
+            method=self.method,
+            stop=self.stop,
+            logprobs=tuple(self.logprobs) if self.request.sampling.logprobs is not None else None,
+        )
+
+
+@dataclass(slots=True)
+class _Turn:
+    """One row's part of a pass: `count` pending tokens, then the nodes of `draft` when the row is `ready`."""
+
+    row: Row
+    count: int
+    ready: bool
+    draft: Draft = EMPTY_DRAFT
+
+    def input(self) -> RowInput:
+        row, base = self.row, self.row.cache.length
+        tokens = row.tokens[base : base + self.count]
+        positions = torch.arange(base, base + self.count)
+        if not len(self.draft):
+            want = "last" if self.ready else "none"
+            return RowInput(torch.tensor(tokens), positions, row.cache, CAUSAL, want)
+        root = self.count - 1
+        chain = tuple(range(-1, root))
+        parents = chain + tuple(root if p < 0 else root + 1 + p for p in self.draft.parents)
+        below = base + root + torch.tensor(depths(self.draft.parents))
+        nodes = tuple(range(root, root + 1 + len(self.draft)))
+        return RowInput(
+            torch.tensor(tokens + list(self.draft.tokens)), torch.cat((positions, below)), row.cache, Tree(parents), nodes
+        )
+
+
+class AutoregressiveLoop:
+    """Advances autoregressive rows of one backbone by one target pass per step."""
+
+    def __init__(self, backbone: Backbone, trace: Trace) -> None:
+        self.backbone, self.trace = backbone, trace
+
+    def step(self, rows: Sequence[Row]) -> None:
+        """One pass over `rows`; finished rows have `reason` set afterwards. Events go to the trace.
+
+        If the pass itself raises, no row has changed: nothing is committed before it returns.
+        """
+        turns = self._turns(rows)
+        if not turns:
+            return
+        self._propose(turns)
+        needs = NO_NEEDS
+        for turn in turns:
+            if turn.row.drafter is not None:
+                needs = needs.union(turn.row.drafter.needs)
+        done = self.backbone.run([turn.input() for turn in turns], needs)
+        lse = done.logits.logsumexp(-1).tolist()
+        greedy = done.logits.argmax(-1).tolist() if any(turn.row.sampler.plain for turn in turns) else []
+        feedback: dict[int, tuple[Drafter, list[Feedback]]] = {}
+        for index, turn in enumerate(turns):
+            first = done.logit_starts[index]
+            turn.row.computed += turn.count + len(turn.draft)
+            if not turn.ready:
+                turn.row.cache.advance(turn.count)
+                self._prefilled(turn.row)
+                continue
+            logits = done.row_logits(index)
+            heard = self._judge(turn, logits, lse[first : first + len(logits)], greedy[first : first + len(logits)])
+            drafter = turn.row.drafter
+            if heard is not None and drafter is not None:
+                report = self._feedback(turn, index, done, logits, *heard, drafter.needs)
+                feedback.setdefault(id(drafter), (drafter, []))[1].append(report)
+        for drafter, reports in feedback.values():
+            drafter.observe(reports)
+
+    def _turns(self, rows: Sequence[Row]) -> list[_Turn]:
+        """Who takes part in this pass, and with how many tokens: ready rows first, prompts share what is left."""
+        turns, room = [], LIMITS.step_tokens
+        for row in rows:
+            if row.lead is not None:
+                if row.lead.generated or row.lead.pending == 1:
+                    self._take_over(row, row.lead)
+                else:
+                    continue
+            if row.pending == 1:
+                turns.append(_Turn(row, 1, True))
+                room -= 1
+        for row in rows:
+            if row.lead is None and row.pending > 1 and room > 0:
+                count = min(row.pending, LIMITS.prefill_chunk, room)
+                turns.append(_Turn(row, count, count == row.pending))
+                room -= count
+        return turns
+
+    @staticmethod
+    def _take_over(row: Row, lead: Row) -> None:
+        """Start a further choice from its lead's reading of the shared prompt (all but the last prompt token)."""
+        row.cache.copy_from(lead.cache)
+        row.cache.truncate(row.prompt_len - 1)
+        row.lead = None
+
+    def _propose(self, turns: Sequence[_Turn]) -> None:
+        """Fill in the drafts of ready rows, each within its row's budget."""
+        asked: dict[int, tuple[Drafter, list[_Turn]]] = {}
+        for turn in turns:
+            row = turn.row
+            if not turn.ready:
+                continue
+            forced = row.sampler.forced() if row.sampler.rules else ()
+            if forced:
+                chain = forced[: max(0, row.remaining - 1)]
+                turn.draft = Draft(chain, tuple(range(-1, len(chain) - 1)))
+            elif row.drafter is not None and row.remaining > 1:
+                if not row.opened:
+                    row.drafter.open(row.id, row.request.prompt)
+                    row.opened = True
+                asked.setdefault(id(row.drafter), (row.drafter, []))[1].append(turn)
+        for drafter, waiting in asked.values():
+            budgets = [self._budget(turn, drafter) for turn in waiting]
+            drafts = drafter.propose([turn.row.view() for turn in waiting], budgets)
+            for turn, budget, draft in zip(waiting, budgets, drafts, strict=True):
+                check_draft(draft, budget, self.backbone.capabilities.vocab_size)
+                check_law(turn.row.law, drafter.draws, draft)
+                turn.draft = _cut(draft, turn.row.remaining - 1)
+                if len(turn.draft):
+                    turn.row.drafted += len(turn.draft)
+                    self._emit(turn.row, "draft", tokens=turn.draft.tokens, parents=turn.draft.parents)
+
+    @staticmethod
+    def _budget(turn: _Turn, drafter: Drafter) -> int:
+        """Nodes this row can afford: its own budget, and the slots left in its cache."""
+        room = turn.row.cache.capacity - turn.row.cache.length - turn.count
+        return max(0, min(drafter.max_nodes(turn.row.budget), turn.row.budget, room, LIMITS.draft_nodes))
+
+    def _judge(
+        self, turn: _Turn, logits: Tensor, lse: Sequence[float], greedy: Sequence[int]
+    ) -> tuple[tuple[int, ...], int] | None:
+        """Verify, commit and compact one ready row; (accepted path, following token) for its drafter, None if failed."""
+        row, base = turn.row, turn.row.cache.length
+        if not all(math.isfinite(value) for value in lse):
+            row.cache.advance(turn.count)
+            row.reason, row.error = "error", "the model produced logits that are not finite"
+            return None
+        first_pass = row.first_s == 0.0
+        if first_pass:
+            self._prefilled(row)
+        else:
+            row.forwards += 1
+        self._emit(row, "forward", total=turn.count + len(turn.draft))
+        position = len(row.tokens)
+        if not len(turn.draft) and row.sampler.plain:
+            verdict = Verdict((), greedy[0])
+        else:
+            draws = row.drafter.draws if row.drafter is not None and turn.draft.q is not None else "point"
+            verdict = verify(row.law, logits, turn.draft, row.sampler, position, draws)
+        if verdict.path:
+            kept = tuple(turn.draft.tokens[node] for node in verdict.path)
+            self._emit(row, "accept", tokens=kept)
+        at, taken, following = 0, [], -1
+        for node in verdict.path:
+            self._commit(row, turn.draft.tokens[node], logits[at], lse[at])
+            taken.append(node)
+            at = node + 1
+            if row.reason is not None:
+                break
+        else:
+            following = verdict.next
+            self._commit(row, following, logits[at], lse[at])
+        # everything committed but the newest token is in the cache now; the newest is the next root
+        row.cache.gather(base, [*range(turn.count), *(turn.count + node for node in taken)])
+        row.accepted += len(taken)
+        if first_pass:
+            row.first_s = self.trace.now()
+        return tuple(taken), following
+
+    def _commit(self, row: Row, token: int, logits: Tensor, lse: float) -> None:
+        """Make one token final: history, text, stop conditions, trace."""
+        position = len(row.tokens)
+        row.tokens.append(token)
+        row.sampler.commit(token)
+        params = row.request.sampling
+        logprob = None
+        if params.logprobs is not None:
+            logprob = token_logprob(logits, lse, token, params.logprobs)
+            row.logprobs.append(logprob)
+        if token in row.eos_ids or token in params.stop_ids:
+            row.reason, row.stop = "stop", token
+            text = row.text.finish()
+        else:
+            text = row.text.push(token)
+            if row.text.found is not None:
+                row.reason, row.stop = "stop", row.text.found
+            elif row.remaining <= 0:
+                row.reason = "length"
+                text += row.text.finish()
+                if row.text.found is not None:  # the last incomplete character completed a stop string
+                    row.reason, row.stop = "stop", row.text.found
+        confidence = math.exp(min(0.0, float(logits[token]) - lse))
+        self._emit(row, "commit", position=position, token=token, confidence=confidence, text=text, logprob=logprob)
+
+    def _feedback(
+        self,
+        turn: _Turn,
+        index: int,
+        done: Pass,
+        logits: Tensor,
+        path: tuple[int, ...],
+        following: int,
+        needs: Needs,
+    ) -> Feedback:
+        """What the drafter asked to learn, for all nodes or the accepted ones; entry 0 is the root."""
+        nodes = tuple(range(len(turn.draft) + 1)) if needs.feedback == "all" else (0, *(node + 1 for node in path))
+        base = len(turn.row.tokens) - len(path) - (1 if following >= 0 else 0)
+        root = turn.row.tokens[base - 1]
+        tokens = tuple(root if node == 0 else turn.draft.tokens[node - 1] for node in nodes)
+        pick = list(nodes)
+        first = done.spans[index][0] + turn.count - 1
+        inside = [first + node for node in nodes]
+        if needs.prompt and turn.row.forwards == 0:
+            inside = list(range(done.spans[index][0], first)) + inside
+        return Feedback(
+            row=turn.row.id,
+            nodes=nodes,
+            tokens=tokens,
+            path=path,
+            next=following,
+            hidden={layer: done.hidden[layer][inside] for layer in needs.hidden},
+            final=done.final_hidden[inside] if needs.final_hidden and done.final_hidden is not None else None,
+            topk=logits[pick].topk(needs.topk).indices if needs.topk else None,
+            logits=logits[pick] if needs.logits else None,
+        )
+
+    def _prefilled(self, row: Row) -> None:
+        done = min(row.cache.length, row.prompt_len) if row.pending > 1 else row.prompt_len
+        self._emit(row, "prefill", position=done, total=row.prompt_len)
+
+    def _emit(self, row: Row, kind: str, **fields: object) -> None:
+        self.trace.emit(kind, row.request_id, row.choice, row.added_s, **fields)  # type: ignore[arg-type]
+
+
+def _cut(draft: Draft, depth: int) -> Draft:
+    """The draft without nodes deeper than `depth`: they could not be committed any more."""
+    levels = depths(draft.parents)
+    if not levels or max(levels) <= depth:
+        return draft
+    keep = [i for i, level in enumerate(levels) if level <= depth]
+    place = {old: new for new, old in enumerate(keep)}
+    place[-1] = -1
+    q = {place[parent]: dist for parent, dist in draft.q.items() if parent in place} if draft.q else draft.q
+    order = tuple(place[i] for i in draft.order if i in place) if draft.order is not None else None
+    return Draft(
+        tuple(draft.tokens[i] for i in keep), tuple(place[draft.parents[i]] for i in keep), q, order
+    )
