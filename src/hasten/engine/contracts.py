@@ -332,6 +332,20 @@ class Drafter(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class MethodContext:
+    """What a method is built for: the model's name, its capabilities, and the backbone and tokenizer themselves."""
+
+    model: str
+    backbone: Backbone
+    tokenizer: Any = None
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """The model's capabilities."""
+        return self.backbone.capabilities
+
+
 def check_needs(part: str, needs: Sequence[str], model: str, capabilities: Capabilities) -> None:
     """Raise IncompatibleError naming `part` and `model` unless every need is among the model's capabilities."""
     for need in needs:

@@ -1,0 +1,288 @@
+"""The public object: a loaded model with its tokenizer and engine, and everything a user does with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hasten import registry
+from hasten.engine.limits import LIMITS
+from hasten.errors import ConfigError, HastenError, IncompatibleError, out_of_range, unknown_name
+from hasten.types import Event, Output, Request, SamplingParams
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hasten.engine.engine import Parts
+    from hasten.models.load import Loaded
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, object]
+_SAMPLING = tuple(f.name for f in fields(SamplingParams))
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Natural-log probabilities of a text's tokens, and their sum `total`."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    total: float
+
+
+def load(
+    model: str | Path,
+    *,
+    dtype: str = "auto",
+    threads: int | None = None,
+    cache_bytes: int | None = None,
+    force: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> LLM:
+    """Load a model: catalog name, directory, hub id, .gguf or .safetensors file; catalog models are fetched on first use.
+
+    `dtype`: auto, float32 or bfloat16. `threads`: CPU threads for this process (default: all). `cache_bytes`: KV cache
+    (default: half of what is free after loading). `force`: load although the memory check says it will not fit.
+    `progress(what, done, total)` is called during downloads and loading.
+    Raises UnknownNameError, DownloadError, FormatError, UnsupportedError, MemoryFitError, ConfigError.
+    """
+    import torch
+
+    from hasten.models.load import load as load_model
+
+    if threads is not None:
+        if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024:
+            raise out_of_range("threads", threads, "an integer in [1, 1024]")
+        torch.set_num_threads(threads)
+    loaded = load_model(model, dtype=dtype, force=force, progress=progress)
+    loaded.model.pack()
+    return LLM(loaded, name=str(model), cache_bytes=cache_bytes)
+
+
+class LLM:
+    """A model ready to generate; make one with `hasten.load`. One thread at a time.
+
+    Sampling keywords everywhere are the fields of SamplingParams; unknown ones are refused by name.
+    """
+
+    def __init__(self, loaded: Loaded, name: str, cache_bytes: int | None = None) -> None:
+        from hasten.engine.engine import Engine
+        from hasten.models.memory import available_bytes
+
+        self.name = name
+        self.source = loaded.source
+        self.model = loaded.model
+        self.tokenizer = loaded.tokenizer
+        self.dtype = loaded.dtype
+        self.bytes = loaded.bytes
+        if cache_bytes is None:
+            cache_bytes = int(available_bytes() * LIMITS.cache_share)
+        elif isinstance(cache_bytes, bool) or not isinstance(cache_bytes, int) or cache_bytes < 1:
+            raise out_of_range("cache_bytes", cache_bytes, "a positive number of bytes")
+        self.engine = Engine(
+            self.model,
+            cache_bytes=cache_bytes,
+            decoder=None if self.tokenizer is None else self.tokenizer.stream,
+        )
+        self._parts: dict[tuple[str, ...], Parts] = {}
+
+    # --- generation ---
+
+    def generate(
+        self, prompt: Prompt | Sequence[Prompt], *, method: str | Sequence[str] = "auto", **sampling: Any
+    ) -> Any:
+        """Continue `prompt` (text or token ids): an Output; a list of Outputs when n > 1 or for a list of prompts
+        (a list of lists for both). Prompts of a list run together and do not influence one another.
+
+        `method`: "auto" (exact methods only), "plain", a slug ("prompt-lookup", with settings "prompt-lookup:nodes=4"),
+        or a list of them. Raises ConfigError naming the field, ContextLengthError, MemoryFitError.
+        """
+        many = not isinstance(prompt, str) and len(prompt) > 0 and not isinstance(prompt[0], int)
+        prompts: Sequence[Prompt] = prompt if many else [prompt]  # type: ignore[list-item, assignment]
+        requests = [self._request(self._ids(one), method, sampling, one) for one in prompts]
+        outputs = [outs[0] if len(outs) == 1 else outs for outs in self._run(requests)]
+        return outputs if many else outputs[0]
+
+    def stream(self, prompt: Prompt, *, method: str | Sequence[str] = "auto", **sampling: Any) -> Iterator[Event]:
+        """The trace events of one request as they happen; closing the iterator aborts it."""
+        request, parts = self._request(self._ids(prompt), method, sampling, prompt)
+        return self._events(request, parts)
+
+    def chat(self, messages: Sequence[Message], *, method: str | Sequence[str] = "auto", **sampling: Any) -> Any:
+        """The assistant's next message for `messages` ({"role", "content"}), through the model's chat template."""
+        outs = self._run([self._request(self._chat_ids(messages), method, sampling)])[0]
+        return outs[0] if len(outs) == 1 else outs
+
+    def chat_stream(
+        self, messages: Sequence[Message], *, method: str | Sequence[str] = "auto", **sampling: Any
+    ) -> Iterator[Event]:
+        """As `stream`, for chat messages."""
+        request, parts = self._request(self._chat_ids(messages), method, sampling)
+        return self._events(request, parts)
+
+    def _run(self, requests: Sequence[tuple[Request, Parts]]) -> list[list[Output]]:
+        failures: list[str] = []
+
+        def watch(event: Event) -> None:
+            if event.kind == "error":
+                failures.append(event.text)
+
+        results = self.engine.run(requests, watch)
+        if failures:
+            raise HastenError(failures[0], hint="check the model file; try dtype='float32'")
+        return results
+
+    def _events(self, request: Request, parts: Parts) -> Iterator[Event]:
+        for event in self.engine.stream(request, parts):
+            yield event
+            if event.kind == "error":
+                raise HastenError(event.text, hint="check the model file; try dtype='float32'")
+
+    def _request(
+        self, ids: Sequence[int], method: str | Sequence[str], sampling: Mapping[str, Any], prompt: Prompt = ""
+    ) -> tuple[Request, Parts]:
+        for name in sampling:
+            if name not in _SAMPLING:
+                raise unknown_name("option", name, (*_SAMPLING, "method"))
+        names = (method,) if isinstance(method, str) else tuple(method)
+        text = prompt if isinstance(prompt, str) else ""
+        return Request(tuple(ids), SamplingParams(**sampling), names, text), self.parts(names)
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            ids = self.encode(prompt)
+            if not prompt or not ids:
+                raise ConfigError("prompt is empty; prompt must hold at least one character", field="prompt")
+            return ids
+        if isinstance(prompt, (bytes, Mapping)) or not isinstance(prompt, Sequence):
+            raise out_of_range("prompt", prompt, "a string or a list of token ids")
+        return list(prompt)
+
+    def _chat_ids(self, messages: Sequence[Message]) -> list[int]:
+        if self.tokenizer is None:
+            raise ConfigError(f"model {self.name!r} has no tokenizer", hint="pass token ids to generate()", field="messages")
+        return self.tokenizer.chat(messages)
+
+    # --- methods ---
+
+    def parts(self, names: tuple[str, ...]) -> Parts:
+        """The method parts for these names, built once per LLM; shared drafter state lives as long as the LLM does.
+
+        Raises UnknownNameError, UnsupportedError (planned), IncompatibleError naming both sides.
+        """
+        if names not in self._parts:
+            self._parts[names] = self._build(names)
+        return self._parts[names]
+
+    def _build(self, names: tuple[str, ...]) -> Parts:
+        from hasten.engine.contracts import MethodContext, check_needs
+        from hasten.engine.engine import PLAIN, Parts
+
+        slugs = [registry.parse(name)[0] for name in names]
+        if not slugs:
+            raise ConfigError("method is empty; method must be 'auto', 'plain' or method names", field="method")
+        if any(slug in ("auto", "plain") for slug in slugs):
+            if len(slugs) > 1:
+                raise IncompatibleError(f"method {slugs[0]!r} cannot be combined with {slugs[1]!r}", field="method")
+            return PLAIN
+        context = MethodContext(self.name, self.model, self.tokenizer)
+        cards = [registry.card(slug) for slug in slugs]
+        for i, one in enumerate(cards):
+            check_needs(one.slug, one.needs, self.name, self.model.capabilities)
+            for other in cards[:i]:
+                if one.slug == other.slug or other.slug in one.conflicts or one.slug in other.conflicts:
+                    raise IncompatibleError(
+                        f"method {one.slug!r} cannot be combined with {other.slug!r}", field="method"
+                    )
+        drafters = [name for name, one in zip(names, cards, strict=True) if one.plugs_into == "draft"]
+        rules = [name for name, one in zip(names, cards, strict=True) if one.plugs_into == "logits"]
+        if len(drafters) > 1:
+            raise IncompatibleError(f"drafters {drafters[0]!r} and {drafters[1]!r} cannot both draft", field="method")
+        if len(drafters) + len(rules) < len(names):
+            other = next(one for one in cards if one.plugs_into not in ("draft", "logits"))
+            raise IncompatibleError(
+                f"method {other.slug!r} plugs into {other.plugs_into!r} and cannot be chosen per request", field="method"
+            )
+        drafter = registry.build(drafters[0], context) if drafters else None
+        return Parts(drafter, tuple(registry.build(name, context) for name in rules), method=tuple(slugs))
+
+    # --- everything else ---
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of `text`; text that looks like a special token stays text unless `special`.
+
+        Raises ConfigError when the text exceeds `limits.prompt_chars` or the model has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise ConfigError(f"model {self.name!r} has no tokenizer", hint="pass token ids", field="prompt")
+        if len(text) > LIMITS.prompt_chars:
+            raise out_of_range("prompt", f"{len(text)} characters", f"at most {LIMITS.prompt_chars} characters")
+        return self.tokenizer.encode(text, special=special)
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Text of token ids."""
+        if self.tokenizer is None:
+            raise ConfigError(f"model {self.name!r} has no tokenizer", field="tokenizer")
+        return self.tokenizer.decode(list(ids), skip_special=skip_special)
+
+    def score(self, prompt: Prompt, text: Prompt) -> Score:
+        """Log-probabilities of `text` after `prompt` under the model's raw distribution (text tokenised on its own)."""
+        from hasten.engine.scoring import score
+
+        before = self._ids(prompt)
+        after = list(text) if not isinstance(text, str) else self.tokenizer.encode(text, bos=False)
+        if not after:
+            raise ConfigError("text is empty; text must hold at least one token", field="text")
+        logprobs = score(self.model, self.engine.scheduler.pool, [*before, *after], len(before))
+        return Score(tuple(after), tuple(logprobs), sum(logprobs))
+
+    def embed(self, texts: str | Sequence[str], *, pooling: str = "mean", normalize: bool = True) -> Tensor:
+        """Embeddings float32 [N, hidden] of `texts`: the final hidden states' mean, or the last token's ("last").
+
+        `normalize` scales each to length 1. Raises ConfigError, ContextLengthError naming the text's length.
+        """
+        import torch
+
+        from hasten.engine.contracts import Needs, RowInput
+        from hasten.errors import ContextLengthError
+
+        if pooling not in ("mean", "last"):
+            raise out_of_range("pooling", pooling, "mean or last")
+        out = []
+        for text in [texts] if isinstance(texts, str) else texts:
+            ids = self._ids(text)
+            if len(ids) > self.model.capabilities.max_len:
+                raise ContextLengthError(
+                    f"a text of {len(ids)} tokens exceeds the model's window of {self.model.capabilities.max_len}",
+                    hint="split the text",
+                    field="texts",
+                )
+            row = RowInput(torch.tensor(ids), torch.arange(len(ids)), logits="none")
+            states = self.model.run([row], Needs(final_hidden=True)).final_hidden.float()
+            out.append(states[-1] if pooling == "last" else states.mean(0))
+        if not out:
+            raise ConfigError("texts is empty; texts must hold at least one text", field="texts")
+        stacked = torch.stack(out)
+        return torch.nn.functional.normalize(stacked, dim=-1) if normalize else stacked
+
+    def info(self) -> dict[str, Any]:
+        """Facts about the loaded model, JSON-ready: name, source, parameters, dtype, bytes, window, threads, backbone."""
+        import torch
+
+        caps = self.model.capabilities
+        config = getattr(self.model, "config", None)
+        return {
+            "model": self.name,
+            "source": self.source,
+            "family": getattr(config, "family", caps.kind),
+            "parameters": getattr(config, "parameters", None),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "bytes": self.bytes,
+            "window": caps.max_len,
+            "vocabulary": caps.vocab_size,
+            "cache_bytes": self.engine.scheduler.pool.budget_bytes,
+            "threads": torch.get_num_threads(),
+            "backbone": self.model.name,
+        }

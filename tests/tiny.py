@@ -1,0 +1,44 @@
+"""Tiny random models for tests: real stacks, real caches, no checkpoint needed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from hasten.engine.engine import Engine
+from hasten.models.config import Layer, ModelConfig, Rope
+from hasten.models.transformer import Transformer
+
+VOCAB = 97
+
+PLAIN = ModelConfig(
+    family="llama", vocab_size=VOCAB, hidden=48, heads=4, kv_heads=2, head_dim=12, ffn=96, max_len=256,
+    layers=(Layer(), Layer(), Layer()), tied=True, eos_ids=(0,),
+)  # fmt: skip
+WINDOWED = dataclasses.replace(
+    PLAIN, family="gemma2", layers=(Layer(window=7), Layer(), Layer(window=7)), sandwich_norms=True,
+    attn_softcap=20.0, logit_softcap=15.0, activation="gelu_tanh", embed_scale=48**0.5,
+)  # fmt: skip
+NORMED = dataclasses.replace(
+    PLAIN, family="qwen3", qk_norm=True, qkv_bias=True, layers=(Layer(), Layer(rope=None), Layer(window=9)), tied=False,
+    ropes=(Rope(theta=1e4, kind="llama3", factor=4.0, original_len=32, partial=0.5),),
+)  # fmt: skip
+CONFIGS = {"plain": PLAIN, "windowed": WINDOWED, "normed": NORMED}
+
+
+def model(config: ModelConfig = PLAIN, seed: int = 0, scale: float = 0.12) -> Transformer:
+    """A random stack; weights large enough that greedy text is not constant and near-ties are rare."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        shapes = [(name, p.shape) for name, p in Transformer(config).named_parameters()]
+    state = []
+    for name, shape in shapes:
+        value = torch.randn(shape, generator=generator)
+        state.append((name, 1 + 0.1 * value if "norm" in name else value * (1.0 if "embed" in name else scale)))
+    return Transformer.from_state(config, state)
+
+
+def engine(config: ModelConfig = PLAIN, **kwargs: object) -> Engine:
+    """An engine over a random stack with 32 MB of cache."""
+    return Engine(model(config), **{"cache_bytes": 32_000_000, **kwargs})  # type: ignore[arg-type]
