@@ -27,7 +27,7 @@ NORMED = dataclasses.replace(
 CONFIGS = {"plain": PLAIN, "windowed": WINDOWED, "normed": NORMED}
 
 
-def model(config: ModelConfig = PLAIN, seed: int = 0, scale: float = 0.12) -> Transformer:
+def model(config: ModelConfig = PLAIN, seed: int = 0, scale: float = 0.3) -> Transformer:
     """A random stack; weights large enough that greedy text is not constant and near-ties are rare."""
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
@@ -35,7 +35,7 @@ def model(config: ModelConfig = PLAIN, seed: int = 0, scale: float = 0.12) -> Tr
     state = []
     for name, shape in shapes:
         value = torch.randn(shape, generator=generator)
-        state.append((name, 1 + 0.1 * value if "norm" in name else value * (1.0 if "embed" in name else scale)))
+        state.append((name, 1 + 0.1 * value if "norm" in name else value * (0.3 if "embed" in name else scale)))
     return Transformer.from_state(config, state)
 
 
