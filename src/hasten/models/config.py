@@ -25,7 +25,7 @@ from typing import Literal
 from hasten.errors import ConfigError, out_of_range
 
 Activation = Literal["silu", "gelu_tanh"]
-RopeKind = Literal["plain", "linear", "llama3"]
+RopeKind = Literal["plain", "linear", "llama3", "factors"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,8 @@ class Rope:
     """One rotary embedding: base `theta`, optional long-context scaling, and the rotated share of a head's dimensions.
 
     linear: positions divided by `factor`. llama3: frequencies below `low_freq_factor` wavelengths of `original_len`
-    divided by `factor`, above `high_freq_factor` kept, between interpolated.
+    divided by `factor`, above `high_freq_factor` kept, between interpolated. factors: each inverse frequency divided by
+    its own entry of `factors` (how GGUF files store llama3 scaling).
     """
 
     theta: float = 10_000.0
@@ -43,6 +44,7 @@ class Rope:
     high_freq_factor: float = 4.0
     original_len: int = 8192
     partial: float = 1.0
+    factors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "original_len"):
@@ -51,8 +53,10 @@ class Rope:
                 raise out_of_range(f"rope.{name}", value, "a positive finite number")
         if not 0 < self.partial <= 1:
             raise out_of_range("rope.partial", self.partial, "in (0, 1]")
-        if self.kind not in ("plain", "linear", "llama3"):
-            raise out_of_range("rope.kind", self.kind, "plain, linear or llama3")
+        if self.kind not in ("plain", "linear", "llama3", "factors"):
+            raise out_of_range("rope.kind", self.kind, "plain, linear, llama3 or factors")
+        if not all(math.isfinite(f) and f > 0 for f in self.factors):
+            raise out_of_range("rope.factors", self.factors, "positive finite numbers")
         if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise out_of_range("rope.high_freq_factor", self.high_freq_factor, "above low_freq_factor")
 

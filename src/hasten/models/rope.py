@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from hasten.errors import out_of_range
 from hasten.models.config import Rope
 
 
@@ -15,6 +16,10 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
     rotated = int(head_dim * rope.partial)
     rotated -= rotated % 2
     inverse = 1.0 / (rope.theta ** (torch.arange(0, rotated, 2, dtype=torch.int64).float() / rotated))
+    if rope.kind == "factors":
+        if len(rope.factors) != len(inverse):
+            raise out_of_range("rope.factors", len(rope.factors), f"{len(inverse)} numbers, one per rotated pair")
+        return inverse / torch.tensor(rope.factors)
     if rope.kind == "linear":
         return inverse / rope.factor
     if rope.kind == "llama3":
