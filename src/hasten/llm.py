@@ -162,7 +162,9 @@ class LLM:
 
     def _chat_ids(self, messages: Sequence[Message]) -> list[int]:
         if self.tokenizer is None:
-            raise ConfigError(f"model {self.name!r} has no tokenizer", hint="pass token ids to generate()", field="messages")
+            raise ConfigError(
+                f"model {self.name!r} has no tokenizer", hint="pass token ids to generate()", field="messages"
+            )
         return self.tokenizer.chat(messages)
 
     # --- methods ---
@@ -203,7 +205,8 @@ class LLM:
         if len(drafters) + len(rules) < len(names):
             other = next(one for one in cards if one.plugs_into not in ("draft", "logits"))
             raise IncompatibleError(
-                f"method {other.slug!r} plugs into {other.plugs_into!r} and cannot be chosen per request", field="method"
+                f"method {other.slug!r} plugs into {other.plugs_into!r} and cannot be chosen per request",
+                field="method",
             )
         drafter = registry.build(drafters[0], context) if drafters else None
         return Parts(drafter, tuple(registry.build(name, context) for name in rules), method=tuple(slugs))

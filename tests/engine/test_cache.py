@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import tiny
 from hasten.engine.cache import CacheLayout, CachePool
 from hasten.engine.contracts import RowInput
 from hasten.engine.masks import Tree

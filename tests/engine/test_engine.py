@@ -6,13 +6,13 @@ import math
 import random
 
 import pytest
+import tiny
 import torch
+from drafters import RandomTree
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-import tiny
-from drafters import RandomTree
 from hasten.engine.engine import PLAIN, Engine, Parts
 from hasten.engine.scheduler import QueueFullError
 from hasten.engine.scoring import score
@@ -187,7 +187,9 @@ def test_scoring_in_chunks_equals_scoring_at_once(engine: Engine, monkeypatch: p
     assert len(whole) == 49
     monkeypatch.setattr(scoring, "LIMITS", Limits(prefill_chunk=8))
     for start in (1, 7, 8, 9, 33, 49, 50):
-        assert score(engine.backbone, engine.scheduler.pool, tokens, start) == pytest.approx(whole[start - 1 :], abs=1e-4)
+        assert score(engine.backbone, engine.scheduler.pool, tokens, start) == pytest.approx(
+            whole[start - 1 :], abs=1e-4
+        )
     with pytest.raises(ConfigError, match="start"):
         score(engine.backbone, engine.scheduler.pool, tokens, 0)
 

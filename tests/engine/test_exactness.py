@@ -6,10 +6,10 @@ import itertools
 import random
 
 import pytest
-import torch
-
 import tiny
+import torch
 from drafters import Oracle, RandomTree, Stub
+
 from hasten.draft.prompt_lookup import Config, PromptLookup
 from hasten.engine.contracts import MethodContext
 from hasten.engine.engine import PLAIN, Engine, Parts
@@ -85,7 +85,9 @@ def test_batching_changes_nothing(engine: Engine, sampling: str) -> None:
     assert len(set(alone)) > 6  # the texts differ, so the comparison means something
 
 
-@pytest.mark.parametrize(("sampling", "kind"), list(itertools.product(SAMPLINGS, ["random", "right", "half", "wide", "lookup", "empty"])))
+@pytest.mark.parametrize(
+    ("sampling", "kind"), list(itertools.product(SAMPLINGS, ["random", "right", "half", "wide", "lookup", "empty"]))
+)
 def test_drafts_change_nothing(engine: Engine, sampling: str, kind: str) -> None:
     batch = requests(10, SAMPLINGS[sampling], seed=3)
     plain = run(engine, batch, PLAIN)

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from drafters import Sampled
 from torch import Tensor
 
-from drafters import Sampled
 from hasten.engine.contracts import Draft, RowView
 from hasten.engine.sampling import Sampler
 from hasten.engine.verify import check_draft, check_law, depths, verify

@@ -142,7 +142,11 @@ class _Turn:
         below = base + root + torch.tensor(depths(self.draft.parents))
         nodes = tuple(range(root, root + 1 + len(self.draft)))
         return RowInput(
-            torch.tensor(tokens + list(self.draft.tokens)), torch.cat((positions, below)), row.cache, Tree(parents), nodes
+            torch.tensor(tokens + list(self.draft.tokens)),
+            torch.cat((positions, below)),
+            row.cache,
+            Tree(parents),
+            nodes,
         )
 
 
@@ -360,6 +364,4 @@ def _cut(draft: Draft, depth: int) -> Draft:
     place[-1] = -1
     q = {place[parent]: dist for parent, dist in draft.q.items() if parent in place} if draft.q else draft.q
     order = tuple(place[i] for i in draft.order if i in place) if draft.order is not None else None
-    return Draft(
-        tuple(draft.tokens[i] for i in keep), tuple(place[draft.parents[i]] for i in keep), q, order
-    )
+    return Draft(tuple(draft.tokens[i] for i in keep), tuple(place[draft.parents[i]] for i in keep), q, order)

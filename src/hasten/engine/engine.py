@@ -210,7 +210,9 @@ class Engine:
             self.abort(request_id)
             self._inboxes.pop(request_id, None)
 
-    def run(self, requests: Sequence[tuple[Request, Parts]], watch: Callable[[Event], None] | None = None) -> list[list[Output]]:
+    def run(
+        self, requests: Sequence[tuple[Request, Parts]], watch: Callable[[Event], None] | None = None
+    ) -> list[list[Output]]:
         """All requests to their end, batched: per request its outputs in order of choice.
 
         If one cannot be added, none runs. `watch` sees every event.

@@ -26,7 +26,7 @@ def score(backbone: Backbone, pool: CachePool, tokens: Sequence[int], start: int
             f"{len(tokens)} tokens exceed the model's window of {caps.max_len}", hint="shorten the text", field="text"
         )
     ids = torch.tensor(tokens)
-    if len(tokens) and not (0 <= int(ids.min()) and int(ids.max()) < caps.vocab_size):
+    if len(tokens) and not (int(ids.min()) >= 0 and int(ids.max()) < caps.vocab_size):
         raise out_of_range("tokens", int(ids.max()), f"in [0, {caps.vocab_size - 1}]")
     out: list[float] = []
     cache = pool.open(len(tokens))

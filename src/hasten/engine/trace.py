@@ -26,9 +26,7 @@ class Trace:
 
     def emit(self, kind: EventKind, request: int, choice: int, added_s: float, **fields: Any) -> None:
         """Record one event of a request's choice."""
-        self._events.append(
-            Event(kind, request, choice=choice, step=self.step, time_s=self.now() - added_s, **fields)
-        )
+        self._events.append(Event(kind, request, choice=choice, step=self.step, time_s=self.now() - added_s, **fields))
 
     def take(self) -> list[Event]:
         """All events since the last call, in order."""

@@ -67,9 +67,7 @@ def _children(draft: Draft) -> dict[int, list[int]]:
     return children
 
 
-def verify(
-    law: Law, logits: Tensor, draft: Draft, sampler: Sampler, position: int, draws: Draws = "point"
-) -> Verdict:
+def verify(law: Law, logits: Tensor, draft: Draft, sampler: Sampler, position: int, draws: Draws = "point") -> Verdict:
     """Judge `draft` by raw target `logits` [nodes + 1, vocab] (row 0 follows the root, row i + 1 follows node i).
 
     `position` is the absolute position of the root's successor; the random number of every position is the one plain

@@ -1,416 +1,290 @@
-"""Released `config.json` fields -> `ModelConfig`, per family; weight names are in models/weights.py.
+"""Released configs and weight names -> ModelConfig and our fused weights, one entry per family.
 
-Both written forms are read: transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters). An absent field takes the
-default of the family's own configuration class; a field that would change the arithmetic is honoured or refused.
+Reads both spellings of config.json: transformers 4.x (rope_theta, rope_scaling) and 5.x (rope_parameters). Defaults of
+absent fields are those of the released configuration classes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from hasten.errors import FormatError, UnsupportedError, out_of_range
-from hasten.models.config import Activation, Layer, ModelConfig, Rope
-from hasten.models.weights import state_from_hf
+from hasten.models.config import Layer, ModelConfig, Rope
 
-__all__ = ["ADAPTER_HINT", "FAMILIES", "Family", "config_from_hf", "state_from_hf"]
-
-ADAPTER_HINT = "put 'hf:' before the model's directory or hub id to run it through transformers"
-
-_ACTIVATIONS: dict[str, Activation] = {
-    "silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
-}  # fmt: skip
-_MISSING: Any = object()
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """What sets one released family apart: defaults of absent fields, and where windows, biases and norms sit.
-
-    windows: "none", "all" layers, "upper" (from max_window_layers on), "alternate" (every other, the first one too),
-    "pattern" (all but every n-th), "nope" (the layers without positions). biases: fields that switch them on, or fixed.
-    """
-
-    name: str
-    defaults: Mapping[str, object] = field(default_factory=dict)
-    windows: Literal["none", "all", "upper", "alternate", "pattern", "nope"] = "none"
-    qkv_bias: str | bool = "attention_bias"
-    out_bias: str | bool = "attention_bias"
-    ffn_bias: str | bool = False
-    qk_norm: bool = False
-    gemma: bool = False
-
-
-_GEMMA = {
-    "num_key_value_heads": 4, "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096,
-    "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "tie_word_embeddings": True,
-}  # fmt: skip
-_QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_position_embeddings": 32768}
-
-FAMILIES: dict[str, Family] = {
-    "llama": Family(
-        "llama", {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2}, ffn_bias="mlp_bias"
-    ),
-    "smollm3": Family(
-        "smollm3",
-        {"num_key_value_heads": 4, "max_position_embeddings": 32768, "rope_theta": 2_000_000.0, "pad_token_id": 128004,
-         "bos_token_id": 128000, "eos_token_id": 128001, "tie_word_embeddings": True},
-        windows="nope", ffn_bias="mlp_bias",
-    ),
-    "qwen2": Family("qwen2", _QWEN, windows="upper", qkv_bias=True, out_bias=False),
-    "qwen3": Family("qwen3", {**_QWEN, "head_dim": 128}, windows="upper", qk_norm=True),
-    "mistral": Family(
-        "mistral",
-        {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096, "bos_token_id": 1,
-         "eos_token_id": 2},
-        windows="all", qkv_bias=False, out_bias=False,
-    ),
-    "gemma2": Family(
-        "gemma2",
-        {**_GEMMA, "max_position_embeddings": 8192, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
-        windows="alternate", gemma=True,
-    ),
-    # nested text configs of released gemma3 models leave out every field that has its default, sizes included
-    "gemma3": Family(
-        "gemma3",
-        {**_GEMMA, "max_position_embeddings": 131072, "vocab_size": 262208, "hidden_size": 2304,
-         "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8, "rope_theta": 1_000_000.0},
-        windows="pattern", qk_norm=True, gemma=True,
-    ),
-}  # fmt: skip
-_MODEL_TYPES = {**{name: name for name in FAMILIES}, "gemma3_text": "gemma3"}
-_SHARED = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")  # outer fields that overrule text_config
-_ARCHITECTURES = {
-    "llamaforcausallm": "llama", "smollm3forcausallm": "smollm3", "qwen2forcausallm": "qwen2",
-    "qwen3forcausallm": "qwen3", "mistralforcausallm": "mistral", "gemma2forcausallm": "gemma2",
-    "gemma3forcausallm": "gemma3_text", "gemma3forconditionalgeneration": "gemma3",
-}  # fmt: skip
-
-
-# --- fields ----------------------------------------------------------------------------------------------------------
+FAMILIES = ("llama", "smollm3", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+_DROPPED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
 
 
 class _Fields:
-    """Typed reading of one JSON object: a bool is not a number, a string is not a number, and errors name the field."""
+    """Typed access to a config: every wrong or missing value is a FormatError naming its field."""
 
-    def __init__(self, values: Mapping[str, object], defaults: Mapping[str, object], prefix: str = "") -> None:
-        self.values, self.defaults, self.prefix = values, defaults, prefix
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = config
 
-    def get(self, name: str, default: object = _MISSING) -> Any:
-        """The value, else the family's default, else `default`; raises FormatError when there is none."""
-        value = self.values.get(name, self.defaults.get(name, default))
-        if value is _MISSING:
-            raise FormatError(
-                f"config.json lacks {self.prefix}{name}", field=name, hint="take config.json from the model's source"
-            )
-        return value
-
-    def number(self, name: str, default: object = _MISSING) -> float:
-        """A finite number."""
-        value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e300:
-            raise out_of_range(self.prefix + name, value, "a finite number")
-        return value
-
-    def positive(self, name: str, default: object = _MISSING) -> float:
-        """A finite number above 0."""
-        value = self.number(name, default)
-        if value <= 0:
-            raise out_of_range(self.prefix + name, value, "a number above 0")
-        return value
-
-    def size(self, name: str, default: object = _MISSING) -> int:
-        """An integer in [1, 2**24]."""
-        value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**24:
-            raise out_of_range(self.prefix + name, value, "an integer in [1, 16777216]")
-        return value
-
-    def flag(self, name: str, default: bool = False) -> bool:
-        """true or false; null counts as absent."""
-        value = self.get(name, default)
-        value = self.defaults.get(name, default) if value is None else value
-        if not isinstance(value, bool):
-            raise out_of_range(self.prefix + name, value, "true or false")
-        return value
-
-    def text(self, name: str, default: str) -> str:
-        """A string; null counts as absent."""
-        value = self.get(name, default)
-        value = default if value is None else value
-        if not isinstance(value, str):
-            raise out_of_range(self.prefix + name, value, "a string")
-        return value
-
-    def object(self, name: str) -> Mapping[str, object]:
-        """A JSON object; absent and null are the empty one."""
-        value = self.get(name, None)
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self.config.get(name)
         if value is None:
-            return {}
-        if not isinstance(value, Mapping):
-            raise out_of_range(self.prefix + name, value, "an object")
+            if default is None:
+                raise FormatError(f"config: {name} is missing", field=name)
+            return default
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise FormatError(f"config: {name} is {value!r:.60}, not a finite number", field=name)
         return value
 
-    def items(self, name: str) -> list[object] | None:
-        """A list of at most 1024 items (one per layer), or None."""
-        value = self.get(name, None)
-        if value is not None and (not isinstance(value, list) or len(value) > 1024):
-            raise out_of_range(self.prefix + name, value, "a list with one entry per layer")
+    def integer(self, name: str, default: int | None = None) -> int:
+        value = self.number(name, default)
+        if value != int(value):
+            raise FormatError(f"config: {name} is {value!r}, not an integer", field=name)
+        return int(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.config.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise FormatError(f"config: {name} is {value!r:.60}, not true or false", field=name)
         return value
 
-    def optional(self, name: str) -> float | None:
-        """A positive number, or None when null or absent without a default."""
-        return None if self.get(name, None) is None else self.positive(name)
-
-    def window(self) -> int | None:
-        """sliding_window in tokens, or None."""
-        return None if self.get("sliding_window", None) is None else self.size("sliding_window")
-
-    def ids(self, name: str, vocab_size: int) -> tuple[int, ...]:
-        """A token id or list of ids as a tuple; a family's default that this vocabulary lacks is dropped."""
-        value = self.get(name, None)
-        listed = value if isinstance(value, list) else [] if value is None else [value]
-        for token in listed:
-            if isinstance(token, bool) or not isinstance(token, int) or len(listed) > 1024:
-                raise out_of_range(self.prefix + name, value, "a token id or a list of token ids")
-        if name not in self.values:
-            listed = [token for token in listed if token < vocab_size]
-        return tuple(listed)
+    def ids(self, name: str) -> tuple[int, ...]:
+        value = self.config.get(name)
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values):
+            raise FormatError(f"config: {name} is {value!r:.60}, not a token id or a list of them", field=name)
+        return tuple(values)
 
 
-def _rope(params: Mapping[str, object], config: _Fields, theta: float, max_len: int) -> Rope:
-    """One rotary embedding from rope_parameters / rope_scaling, with `theta` where they name no base."""
-    f = _Fields(params, {}, "rope_parameters.")
-    kind = f.text("rope_type", f.text("type", "default"))
-    base = f.positive("rope_theta", theta)
-    for source in (f, config):
-        if source.get("partial_rotary_factor", None) not in (None, 1):
-            raise UnsupportedError(
-                "partial_rotary_factor is set, but models of this family rotate whole heads",
-                field="partial_rotary_factor",
-                hint=ADAPTER_HINT,
-            )
-    if kind == "default":
-        return Rope(theta=base)
-    if kind == "linear":
-        return Rope(theta=base, kind="linear", factor=f.positive("factor"))
-    if kind == "llama3":
-        name = "original_max_position_embeddings"
-        length = config.size(name) if config.get(name, None) is not None else f.size(name, max_len)
-        return Rope(
-            base, "llama3", f.positive("factor"), f.positive("low_freq_factor"), f.positive("high_freq_factor"), length
-        )
-    raise UnsupportedError(
-        f"rope type {kind[:40]!r} is not supported; supported: default, linear, llama3", field="rope_type", hint=ADAPTER_HINT
-    )
+def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
+    """The stack a released config.json describes.
 
-
-def _ropes(family: Family, f: _Fields, max_len: int) -> tuple[Rope, ...]:
-    """The rotary embeddings of a model: one, or (full, sliding) for gemma3."""
-    scaling, params = f.object("rope_scaling"), f.object("rope_parameters")
-    nested = [key for key in ("full_attention", "sliding_attention") if key in params]
-    if family.name != "gemma3":
-        if nested:
-            raise UnsupportedError(
-                f"rope_parameters hold {nested[0]}, but {family.name} has one rotary embedding for all layers",
-                field="rope_parameters",
-                hint=ADAPTER_HINT,
-            )
-        return (_rope(scaling or params, f, f.positive("rope_theta", 10_000.0), max_len),)
-    if params and not nested:
-        raise out_of_range("rope_parameters", dict(params), "an object with full_attention and sliding_attention")
-    inner = _Fields(params, {}, "rope_parameters.")
-    full = {**inner.object("full_attention"), **scaling}
-    local = f.positive("rope_local_base_freq", 10_000.0)
-    return (
-        _rope(full, f, f.positive("rope_theta"), max_len),
-        _rope(inner.object("sliding_attention"), f, local, max_len),
-    )
-
-
-def _layers(family: Family, f: _Fields, count: int) -> tuple[Layer, ...]:
-    """Window and rotary embedding of every layer."""
-    off = family.windows in ("upper", "nope") and not f.flag("use_sliding_window")
-    window = None if off or family.windows == "none" else f.window()
-    rotated = [True] * count
-    if family.windows == "nope":
-        every = f.size("no_rope_layer_interval", 4)
-        flags = f.items("no_rope_layers")
-        if flags is None:
-            rotated = [(i + 1) % every != 0 for i in range(count)]
-        elif len(flags) < count or any(not isinstance(flag, int) or flag not in (0, 1) for flag in flags):
-            raise out_of_range("no_rope_layers", flags, f"a list of at least {count} zeros and ones")
-        else:
-            rotated = [bool(flag) for flag in flags[:count]]
-    if family.windows == "upper":
-        first = f.get("max_window_layers", 28)
-        if isinstance(first, bool) or not isinstance(first, int) or first < 0:
-            raise out_of_range("max_window_layers", first, "an integer >= 0")
-        slides = [i >= first for i in range(count)]
-    elif family.windows == "pattern":
-        every = f.size("sliding_window_pattern", f.size("_sliding_window_pattern", 6))
-        slides = [(i + 1) % every != 0 for i in range(count)]
-    elif family.windows == "alternate":
-        slides = [i % 2 == 0 for i in range(count)]
-    elif family.windows == "nope":
-        slides = [not flag for flag in rotated]
-    else:
-        slides = [family.windows == "all"] * count
-    types = f.items("layer_types")
-    if types is not None:
-        slides = _slides(family, types, count, window, slides)
-    elif window is None and family.windows in ("pattern", "alternate"):
-        raise out_of_range("sliding_window", None, "a number of tokens for the sliding layers")
-    return tuple(
-        Layer(window if slide else None, (1 if slide and family.name == "gemma3" else 0) if turn else None)
-        for slide, turn in zip(slides, rotated, strict=True)
-    )
-
-
-def _slides(
-    family: Family, types: list[object], count: int, window: int | None, implied: list[bool]
-) -> list[bool]:
-    """Which layers slide, as `layer_types` says; refused where the family's own code would not honour it."""
-    if len(types) != count:
-        raise out_of_range("layer_types", f"{len(types)} entries", f"one entry per layer, {count} in all")
-    for kind in types:
-        if kind not in ("full_attention", "sliding_attention"):
-            raise UnsupportedError(
-                f"layer type {str(kind)[:40]!r} is not supported; supported: full_attention, sliding_attention",
-                field="layer_types",
-                hint=ADAPTER_HINT,
-            )
-    slides = [kind == "sliding_attention" for kind in types]
-    if family.windows in ("none", "all") and slides != [flag and window is not None for flag in implied]:
-        raise UnsupportedError(
-            f"layer_types mix windows in a way that {family.name} models do not", field="layer_types", hint=ADAPTER_HINT
-        )
-    if any(slides) and window is None:
-        raise out_of_range("layer_types", "sliding_attention", "full_attention while no sliding window is switched on")
-    return slides
-
-
-# --- config ----------------------------------------------------------------------------------------------------------
-
-
-def _model_type(config: Mapping[str, object]) -> str:
-    """The known model type of a config.json; raises UnsupportedError listing the known ones."""
-    kind, architectures = config.get("model_type"), config.get("architectures")
-    names = [n for n in architectures if isinstance(n, str)] if isinstance(architectures, list) else []
-    if kind is None:
-        kind = next((_ARCHITECTURES[n.lower()] for n in names if n.lower() in _ARCHITECTURES), None)
-    if kind is None and not names:
-        raise FormatError("config.json lacks model_type", field="model_type", hint="take it from the model's source")
-    if not isinstance(kind, str) or kind not in _MODEL_TYPES:
-        shown = kind if isinstance(kind, str) else names[0] if names else kind
-        raise UnsupportedError(
-            f"model type {str(shown)[:60]!r} is not one of hasten's own: {', '.join(sorted(_MODEL_TYPES))}",
-            field="model_type",
-            hint=ADAPTER_HINT,
-        )
-    if names and not any(n.endswith(("ForCausalLM", "ForConditionalGeneration", "Model")) for n in names):
-        raise UnsupportedError(
-            f"architecture {names[0][:60]!r} has no language-model head", field="architectures", hint="load a causal model"
-        )
-    return kind
-
-
-def _refuse_unsupported(config: Mapping[str, object], family: Family) -> None:
-    """Fields that change the arithmetic in ways the stack does not implement."""
-    quantized = config.get("quantization_config")
-    if quantized:
-        method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
-        raise UnsupportedError(
-            f"the weights are quantised ({str(method)[:40]})",
-            field="quantization_config",
-            hint="load the original checkpoint or a GGUF of this model",
-        )
-    if config.get("use_bidirectional_attention") or config.get("is_causal") is False:
-        raise UnsupportedError(
-            "the model attends in both directions and does not generate text",
-            field="use_bidirectional_attention" if config.get("use_bidirectional_attention") else "is_causal",
-            hint="load a causal model",
-        )
-    if family.name == "gemma3" and config.get("attn_logit_softcapping") is not None:
-        raise UnsupportedError(
-            "attn_logit_softcapping is set, which released gemma3 code ignores", field="attn_logit_softcapping"
-        )
-
-
-def config_from_hf(config: Mapping[str, object], generation: Mapping[str, object] | None = None) -> ModelConfig:
-    """The ModelConfig of a released config.json; end tokens of `generation` (generation_config.json) are added to its own.
-
-    For gemma3 with vision the text part is read. Raises UnsupportedError (unknown model type, rope type, layer type,
-    quantised weights), FormatError (missing field), ConfigError (value outside its range); all name the field.
+    Raises UnsupportedError for an unknown model_type or rope scaling, FormatError or ConfigError naming a bad field.
     """
-    kind = _model_type(config)
-    family = FAMILIES[_MODEL_TYPES[kind]]
-    _refuse_unsupported(config, family)
-    values = config
-    if kind == "gemma3":
-        inner = config.get("text_config")
-        if not isinstance(inner, Mapping):
-            raise out_of_range("text_config", inner, "an object")
-        _refuse_unsupported(inner, family)
-        values = {**inner, **{name: config[name] for name in _SHARED if config.get(name) is not None}}
-    f = _Fields(values, family.defaults)
-    hidden, heads, vocab_size = f.size("hidden_size"), f.size("num_attention_heads"), f.size("vocab_size")
-    count, max_len = f.size("num_hidden_layers"), f.size("max_position_embeddings")
-    if count > 1024:
-        raise out_of_range("num_hidden_layers", count, "at most 1024")
-    kv_heads = heads if f.get("num_key_value_heads", None) is None else f.size("num_key_value_heads")
-    if f.get("head_dim", None) is not None:
-        head_dim = f.size("head_dim")
-    elif hidden % heads:
-        raise out_of_range("hidden_size", hidden, f"a multiple of num_attention_heads = {heads}, as head_dim is absent")
-    else:
-        head_dim = hidden // heads
-    act_field = "hidden_activation" if family.gemma else "hidden_act"
-    activation = f.text(act_field, "gelu_pytorch_tanh" if family.gemma else "silu")
-    if activation not in _ACTIVATIONS:
+    nested = config.get("text_config")
+    kind = config.get("model_type")
+    if isinstance(nested, Mapping) and kind in ("gemma3", "mistral3"):
+        return config_from_hf({"model_type": f"{kind}_text", "eos_token_id": config.get("eos_token_id"), **nested})
+    if kind not in FAMILIES:
         raise UnsupportedError(
-            f"activation {activation[:40]!r} is not supported; supported: {', '.join(sorted(_ACTIVATIONS))}",
-            field=act_field,
-            hint=ADAPTER_HINT,
+            f"model_type {kind!r:.60} is not implemented here; known: {', '.join(FAMILIES)}",
+            hint="load it through transformers: pip install 'hasten[hf]'",
+            field="model_type",
         )
-    more = _Fields(generation or {}, {}, "generation_config.").ids("eos_token_id", vocab_size)
-    flags = (family.qkv_bias, family.out_bias, family.ffn_bias)
-    qkv_bias, out_bias, ffn_bias = (flag if isinstance(flag, bool) else f.flag(flag) for flag in flags)
+    f = _Fields(config)
+    gemma = kind.startswith("gemma")
+    hidden, heads = f.integer("hidden_size"), f.integer("num_attention_heads")
+    if heads < 1:
+        raise out_of_range("num_attention_heads", heads, "at least 1")
+    default_dim = {"gemma2": 256, "gemma3_text": 256, "qwen3": 128}.get(kind, hidden // heads)
+    head_dim = f.integer("head_dim", default_dim)
+    layers, ropes = _layers(kind, f)
+    eps = {"qwen2": 1e-6, "qwen3": 1e-6}.get(kind, 1e-6)
+    activation = config.get("hidden_activation" if gemma else "hidden_act") or config.get("hidden_act")
+    activation = activation or ("gelu_pytorch_tanh" if gemma else "silu")
+    if activation not in _ACTIVATIONS:
+        raise UnsupportedError(f"config: activation {activation!r:.40} is not supported", field="hidden_act")
+    bias = f.flag("attention_bias", False)
+    scale = f.number("query_pre_attn_scalar", 256) if gemma else head_dim
+    if scale <= 0:
+        raise out_of_range("query_pre_attn_scalar", scale, "positive")
     return ModelConfig(
-        family=family.name,
-        vocab_size=vocab_size,
+        family=kind,
+        vocab_size=f.integer("vocab_size"),
         hidden=hidden,
         heads=heads,
-        kv_heads=kv_heads,
+        kv_heads=f.integer("num_key_value_heads", heads),
         head_dim=head_dim,
-        ffn=f.size("intermediate_size"),
-        max_len=max_len,
-        layers=_layers(family, f, count),
-        ropes=_ropes(family, f, max_len),
-        norm_eps=f.positive("rms_norm_eps", 1e-6),
-        qk_norm=family.qk_norm,
-        sandwich_norms=family.gemma,
-        qkv_bias=qkv_bias,
-        out_bias=out_bias,
-        ffn_bias=ffn_bias,
-        activation=_ACTIVATIONS[activation],
-        tied=f.flag("tie_word_embeddings"),
-        embed_scale=math.sqrt(hidden) if family.gemma else 1.0,
-        attn_scale=f.positive("query_pre_attn_scalar") ** -0.5 if family.gemma else head_dim**-0.5,
-        attn_softcap=f.optional("attn_logit_softcapping") if family.gemma else None,
-        logit_softcap=f.optional("final_logit_softcapping") if family.gemma else None,
-        bos_id=_first(f.ids("bos_token_id", vocab_size), vocab_size, "bos_token_id"),
-        eos_ids=tuple(dict.fromkeys((*f.ids("eos_token_id", vocab_size), *more))),
-        pad_id=_first(f.ids("pad_token_id", vocab_size), vocab_size, "pad_token_id"),
+        ffn=f.integer("intermediate_size"),
+        max_len=f.integer("max_position_embeddings", 131072 if kind == "gemma3_text" else 8192),
+        layers=layers,
+        ropes=ropes,
+        norm_eps=f.number("rms_norm_eps", eps),
+        qk_norm=kind in ("qwen3", "gemma3_text"),
+        sandwich_norms=gemma,
+        qkv_bias=True if kind == "qwen2" else bias,
+        out_bias=bias if kind != "qwen2" else False,
+        ffn_bias=f.flag("mlp_bias", False),
+        activation=_ACTIVATIONS[activation],  # type: ignore[arg-type]
+        tied=f.flag("tie_word_embeddings", gemma or kind == "smollm3"),
+        embed_scale=hidden**0.5 if gemma else 1.0,
+        attn_scale=scale**-0.5,
+        attn_softcap=_cap(f, "attn_logit_softcapping", 50.0 if kind == "gemma2" else None),
+        logit_softcap=_cap(f, "final_logit_softcapping", 30.0 if kind == "gemma2" else None),
+        bos_id=next(iter(f.ids("bos_token_id")), None),
+        eos_ids=f.ids("eos_token_id"),
+        pad_id=next(iter(f.ids("pad_token_id")), None),
     )
 
 
-def _first(ids: tuple[int, ...], vocab_size: int, name: str) -> int | None:
-    """A single id; -1 is how some releases write "none"."""
-    if not ids or ids == (-1,):
-        return None
-    if len(ids) > 1 or not 0 <= ids[0] < vocab_size:
-        raise out_of_range(name, list(ids), f"one token id in [0, {vocab_size - 1}]")
-    return ids[0]
+def _cap(f: _Fields, name: str, default: float | None) -> float | None:
+    """A soft-cap: null in the config means off, absent means the family's default."""
+    if name not in f.config:
+        return default
+    return None if f.config[name] is None else f.number(name)
+
+
+def _rope(f: _Fields, entry: Mapping[str, Any], default_theta: float) -> Rope:
+    """One rotary embedding from a rope_parameters / rope_scaling entry."""
+    e = _Fields(entry)
+    kind = entry.get("rope_type", entry.get("type", "default")) or "default"
+    theta = e.number("rope_theta", f.number("rope_theta", default_theta))
+    partial = e.number("partial_rotary_factor", f.number("partial_rotary_factor", 1.0))
+    if kind == "default":
+        return Rope(theta=theta, partial=partial)
+    if kind == "linear":
+        return Rope(theta=theta, partial=partial, kind="linear", factor=e.number("factor"))
+    if kind == "llama3":
+        return Rope(
+            theta=theta,
+            partial=partial,
+            kind="llama3",
+            factor=e.number("factor"),
+            low_freq_factor=e.number("low_freq_factor"),
+            high_freq_factor=e.number("high_freq_factor"),
+            original_len=e.integer("original_max_position_embeddings"),
+        )
+    raise UnsupportedError(
+        f"config: rope type {kind!r:.40} is not supported; known: default, linear, llama3", field="rope_type"
+    )
+
+
+def _object(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = config.get(name)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise FormatError(f"config: {name} is {value!r:.60}, not an object", field=name)
+    return value
+
+
+def _layers(kind: str, f: _Fields) -> tuple[tuple[Layer, ...], tuple[Rope, ...]]:
+    """Windows and rotary embeddings of every layer."""
+    count = f.integer("num_hidden_layers")
+    if not 1 <= count <= 1024:
+        raise out_of_range("num_hidden_layers", count, "in [1, 1024]")
+    parameters = _object(f.config, "rope_parameters") or _object(f.config, "rope_scaling")
+    theta = {"smollm3": 2e6}.get(kind, 1e4)
+    types = f.config.get("layer_types")
+    if types is not None and (not isinstance(types, list) or len(types) != count):
+        raise FormatError(f"config: layer_types is not a list of {count} entries", field="layer_types")
+    if types is not None and not set(types) <= {"full_attention", "sliding_attention"}:
+        raise UnsupportedError(
+            "config: layer_types holds kinds other than full and sliding attention", field="layer_types"
+        )
+    window: int | None = f.integer("sliding_window", 0) or None
+    if kind == "gemma3_text":
+        window = window or f.integer("sliding_window", 4096)
+        pattern = f.integer("sliding_window_pattern", f.integer("_sliding_window_pattern", 6))
+        if pattern < 1:
+            raise out_of_range("sliding_window_pattern", pattern, "at least 1")
+        full = [t == "full_attention" for t in types] if types else [(i + 1) % pattern == 0 for i in range(count)]
+        if "full_attention" in parameters or "sliding_attention" in parameters:
+            wide = _rope(f, _object(parameters, "full_attention"), 1e6)
+            local = _rope(f, _object(parameters, "sliding_attention"), 1e4)
+        else:
+            wide = _rope(f, parameters, 1e6)
+            local = Rope(theta=f.number("rope_local_base_freq", 1e4))
+        return tuple(Layer(None, 0) if one else Layer(window, 1) for one in full), (wide, local)
+    ropes = (_rope(f, parameters, theta),)
+    if kind == "gemma2":
+        window = window or 4096
+        sliding = [t == "sliding_attention" for t in types] if types else [i % 2 == 0 for i in range(count)]
+        return tuple(Layer(window if one else None) for one in sliding), ropes
+    if kind in ("qwen2", "qwen3", "smollm3"):
+        if not f.flag("use_sliding_window", False):
+            window = None
+        first = f.integer("max_window_layers", 28)
+        default = [window is not None and (kind == "smollm3" or i >= first) for i in range(count)]
+        slides = [t == "sliding_attention" for t in types] if types else default
+        uses = _rope_layers(f, count) if kind == "smollm3" else [True] * count
+        return tuple(Layer(window if s else None, 0 if u else None) for s, u in zip(slides, uses, strict=True)), ropes
+    if kind == "mistral" and "sliding_window" not in f.config:
+        window = 4096
+    return tuple(Layer(window if kind == "mistral" else None) for _ in range(count)), ropes
+
+
+def _rope_layers(f: _Fields, count: int) -> list[bool]:
+    """SmolLM3: which layers rotate (1) and which have no positions (0)."""
+    listed = f.config.get("no_rope_layers")
+    if listed is not None:
+        if not isinstance(listed, list) or len(listed) != count or not all(v in (0, 1) for v in listed):
+            raise FormatError(f"config: no_rope_layers is not a list of {count} zeros and ones", field="no_rope_layers")
+        return [bool(v) for v in listed]
+    interval = f.integer("no_rope_layer_interval", 4)
+    if interval < 1:
+        raise out_of_range("no_rope_layer_interval", interval, "at least 1")
+    return [(i + 1) % interval != 0 for i in range(count)]
+
+
+def state_from_hf(
+    config: ModelConfig, names: Iterator[str] | list[str], read: Callable[[str], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Our parameter names and tensors from released ones, fused one layer at a time.
+
+    `names` are the stored tensor names, `read(name)` loads one. Raises FormatError naming missing and unexpected tensors.
+    """
+    stored = {_short(name): name for name in names if not name.endswith(_DROPPED)}
+    offset = config.family.startswith("gemma")
+    used: set[str] = set()
+
+    def take(name: str) -> Tensor:
+        if name not in stored:
+            raise FormatError(f"weights: tensor {name} is missing", field=name)
+        used.add(name)
+        return read(stored[name])
+
+    def norm(name: str) -> Tensor:
+        weight = take(name)
+        return weight.float() + 1.0 if offset else weight
+
+    def fuse(*parts: str) -> Tensor:
+        tensors = [take(part) for part in parts]
+        if len({tuple(t.shape[1:]) for t in tensors}) != 1:
+            raise FormatError(f"weights: {', '.join(parts)} have different widths", field=parts[0])
+        return torch.cat(tensors)
+
+    yield "embed.weight", take("embed_tokens.weight")
+    yield "norm.weight", norm("norm.weight")
+    if config.tied:
+        used.add("lm_head.weight")  # some checkpoints store the tied head a second time
+    else:
+        yield "head.weight", take("lm_head.weight")
+    for i in range(len(config.layers)):
+        a, m, ours = f"layers.{i}.self_attn.", f"layers.{i}.mlp.", f"layers.{i}."
+        yield ours + "attn_norm.weight", norm(f"layers.{i}.input_layernorm.weight")
+        yield ours + "qkv.weight", fuse(*(f"{a}{p}_proj.weight" for p in "qkv"))
+        if config.qkv_bias:
+            yield ours + "qkv.bias", fuse(*(f"{a}{p}_proj.bias" for p in "qkv"))
+        yield ours + "out.weight", take(a + "o_proj.weight")
+        if config.out_bias:
+            yield ours + "out.bias", take(a + "o_proj.bias")
+        if config.qk_norm:
+            yield ours + "q_norm.weight", norm(a + "q_norm.weight")
+            yield ours + "k_norm.weight", norm(a + "k_norm.weight")
+        yield ours + "gate_up.weight", fuse(m + "gate_proj.weight", m + "up_proj.weight")
+        yield ours + "down.weight", take(m + "down_proj.weight")
+        if config.ffn_bias:
+            yield ours + "gate_up.bias", fuse(m + "gate_proj.bias", m + "up_proj.bias")
+            yield ours + "down.bias", take(m + "down_proj.bias")
+        after = f"layers.{i}.post_attention_layernorm.weight"
+        if config.sandwich_norms:
+            yield ours + "post_attn_norm.weight", norm(after)
+            yield ours + "ffn_norm.weight", norm(f"layers.{i}.pre_feedforward_layernorm.weight")
+            yield ours + "post_ffn_norm.weight", norm(f"layers.{i}.post_feedforward_layernorm.weight")
+        else:
+            yield ours + "ffn_norm.weight", norm(after)
+    left = sorted(set(stored) - used)
+    if left:
+        raise FormatError(f"weights: tensors without a place in the model: {', '.join(left[:6])}", field="weights")
+
+
+def _short(name: str) -> str:
+    """A released name without the wrapper's prefix (`model.`, `language_model.model.`, `model.language_model.`)."""
+    for prefix in ("language_model.model.", "model.language_model.", "language_model.", "model."):
+        if name.startswith(prefix):
+            return name[len(prefix) :]
+    return name

@@ -195,9 +195,13 @@ class GGUFFile:
             raise FormatError(f"metadata {key} is missing", path=str(self.path), field=key)
         if value is default:
             return value
-        good = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+        good = isinstance(value, (int, float) if kind is float else kind) and (
+            kind is bool or not isinstance(value, bool)
+        )
         if not good:
-            raise FormatError(f"metadata {key} is {value!r:.60}, not of type {kind.__name__}", path=str(self.path), field=key)
+            raise FormatError(
+                f"metadata {key} is {value!r:.60}, not of type {kind.__name__}", path=str(self.path), field=key
+            )
         return kind(value)
 
     def config(self) -> ModelConfig:
@@ -205,7 +209,8 @@ class GGUFFile:
         arch = self._get("general.architecture", str)
         if arch not in _KNOWN:
             raise UnsupportedError(
-                f"{self.path}: architecture {arch!r} is not read; known: {', '.join(_KNOWN)}", field="general.architecture"
+                f"{self.path}: architecture {arch!r} is not read; known: {', '.join(_KNOWN)}",
+                field="general.architecture",
             )
         hidden, heads = self._get(f"{arch}.embedding_length", int), self._get(f"{arch}.attention.head_count", int)
         if heads < 1:
@@ -264,7 +269,9 @@ class GGUFFile:
             factors = tuple(float(f) for f in self.dequantize("rope_freqs.weight").reshape(-1))
             rope = Rope(theta=theta, partial=partial, kind="factors", factors=factors)
         elif kind == "linear":
-            rope = Rope(theta=theta, partial=partial, kind="linear", factor=self._get(f"{arch}.rope.scaling.factor", float))
+            rope = Rope(
+                theta=theta, partial=partial, kind="linear", factor=self._get(f"{arch}.rope.scaling.factor", float)
+            )
         elif kind != "none":
             raise UnsupportedError(f"{self.path}: rope scaling {kind!r} is not supported", field="rope.scaling.type")
         window = self._get(f"{arch}.attention.sliding_window", int, 0) or None
@@ -311,15 +318,21 @@ class GGUFFile:
         yield "norm.weight", tensor(take("output_norm.weight"))
         if not config.tied:
             yield "head.weight", tensor(take("output.weight"))
-        sandwich = {"post_attention_norm.weight": "post_attn_norm.weight", "post_ffw_norm.weight": "post_ffn_norm.weight"}
+        sandwich = {
+            "post_attention_norm.weight": "post_attn_norm.weight",
+            "post_ffw_norm.weight": "post_ffn_norm.weight",
+        }
         for i in range(len(config.layers)):
             blk, ours = f"blk.{i}.", f"layers.{i}."
             for part in ("weight", "bias"):
                 if part == "weight" or config.qkv_bias:
-                    yield f"{ours}qkv.{part}", fuse(
-                        projection(f"{blk}attn_q.{part}", config.heads),
-                        projection(f"{blk}attn_k.{part}", config.kv_heads),
-                        take(f"{blk}attn_v.{part}"),
+                    yield (
+                        f"{ours}qkv.{part}",
+                        fuse(
+                            projection(f"{blk}attn_q.{part}", config.heads),
+                            projection(f"{blk}attn_k.{part}", config.kv_heads),
+                            take(f"{blk}attn_v.{part}"),
+                        ),
                     )
             yield f"{ours}gate_up.weight", fuse(take(f"{blk}ffn_gate.weight"), take(f"{blk}ffn_up.weight"))
             yield f"{ours}ffn_norm.weight", tensor(take(f"{blk}ffn_norm.weight"))

@@ -7,7 +7,7 @@ matrix-vector product; from `_BF16_UPCAST` query tokens on it is cheaper to wide
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 _BF16_UPCAST = 5  # query tokens from which widening a bf16 weight to fp32 beats T matrix-vector products
 
 
-@lru_cache(maxsize=None)
+@cache
 def _packs(dtype: torch.dtype) -> bool:
     """Whether this build of torch packs linear weights of `dtype` on this CPU (asked once, by trying a small one)."""
     if not torch.backends.mkldnn.is_available():

@@ -66,7 +66,9 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
     except RecursionError:
         raise FormatError("JSON is nested too deeply", path=str(path), hint="the file is damaged") from None
     except ValueError as error:  # bad UTF-8, bad JSON, repeated keys, numbers of thousands of digits
-        raise FormatError(f"not valid JSON: {_shown(str(error))}", path=str(path), hint="fetch the file again") from None
+        raise FormatError(
+            f"not valid JSON: {_shown(str(error))}", path=str(path), hint="fetch the file again"
+        ) from None
     if not isinstance(value, dict):
         raise FormatError(f"JSON holds a {type(value).__name__}, not an object", path=str(path))
     return value
@@ -190,12 +192,15 @@ class Checkpoint(Mapping[str, "Tensor"]):
         found = [name for name in present if name.endswith(".safetensors")]
         if "adapter_model.safetensors" in found:
             raise UnsupportedError(
-                f"{path}: holds a LoRA adapter, not a model", hint="merge it into its base model first (peft: merge_and_unload)"
+                f"{path}: holds a LoRA adapter, not a model",
+                hint="merge it into its base model first (peft: merge_and_unload)",
             )
         if len(found) == 1:
             return cls.from_files([path / found[0]])
         if found:
-            raise FormatError(f"holds {len(found)} .safetensors files and no {INDEX}", path=str(path), hint="name one file")
+            raise FormatError(
+                f"holds {len(found)} .safetensors files and no {INDEX}", path=str(path), hint="name one file"
+            )
         pickled = [name for name in present if name.endswith(_PICKLES)]
         if pickled:
             raise UnsupportedError(f"{path}: holds only pickled weights ({pickled[0]})", hint=CONVERT_HINT)
@@ -210,12 +215,16 @@ class Checkpoint(Mapping[str, "Tensor"]):
         for name in set(places.values()):
             # a plain file name, so that an index cannot point outside its own directory
             if not _SHARD.fullmatch(name):
-                raise FormatError(f"weight_map names {_shown(name)}, not a plain .safetensors file name", path=str(index))
+                raise FormatError(
+                    f"weight_map names {_shown(name)}, not a plain .safetensors file name", path=str(index)
+                )
         checkpoint = cls.from_files([path / name for name in sorted(set(places.values()))])
         for name, place in places.items():
             info = checkpoint.infos.get(name)
             if info is None or info.path.name != place:
-                raise FormatError(f"tensor {_shown(name)} is not in {place}", path=str(index), hint="a shard is damaged")
+                raise FormatError(
+                    f"tensor {_shown(name)} is not in {place}", path=str(index), hint="a shard is damaged"
+                )
         return checkpoint
 
     def __getitem__(self, name: str) -> Tensor:

@@ -24,7 +24,16 @@ _LLAMA3 = (
     r"|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_END_NAMES = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+_END_NAMES = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<end_of_turn>",
+    "<|end|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+)
 _CONTROL, _USER, _BYTE = 3, 4, 6
 
 
@@ -65,7 +74,11 @@ def end_ids_from_gguf(metadata: Mapping[str, Any]) -> tuple[int, ...]:
     ids = [metadata.get(f"tokenizer.ggml.{key}") for key in keys]
     tokens, types = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
     if isinstance(tokens, list) and isinstance(types, list) and len(tokens) == len(types):
-        ids += [i for i, (text, kind) in enumerate(zip(tokens, types, strict=True)) if kind == _CONTROL and text in _END_NAMES]
+        ids += [
+            i
+            for i, (text, kind) in enumerate(zip(tokens, types, strict=True))
+            if kind == _CONTROL and text in _END_NAMES
+        ]
     return tuple(dict.fromkeys(i for i in ids if isinstance(i, int) and not isinstance(i, bool) and i >= 0))
 
 
@@ -126,8 +139,8 @@ class Tokenizer:
             fast = Fast.from_str(file.read_text(encoding="utf-8"))
         except Exception as error:  # noqa: BLE001 - the library raises bare Exception for every malformed file
             raise FormatError(f"not a tokenizer: {str(error)[:200]}", path=str(file)) from None
-        config = _json(path / "tokenizer_config.json")
-        names = {**_json(path / "special_tokens_map.json"), **config}
+        config = read_json(path / "tokenizer_config.json")
+        names = {**read_json(path / "special_tokens_map.json"), **config}
 
         def token(key: str) -> int | None:
             value = names.get(key)
@@ -175,7 +188,9 @@ class Tokenizer:
 
         kind = metadata.get("tokenizer.ggml.model")
         tokens = strings("tokens")
-        types = strings("token_type", len(tokens), int) if "tokenizer.ggml.token_type" in metadata else [1] * len(tokens)
+        types = (
+            strings("token_type", len(tokens), int) if "tokenizer.ggml.token_type" in metadata else [1] * len(tokens)
+        )
         if not tokens:
             raise FormatError("metadata tokenizer.ggml.tokens is empty", field="tokens")
         if kind == "gpt2":
@@ -185,7 +200,9 @@ class Tokenizer:
             prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
             fast = _sentencepiece(tokens, scores, prefix)
         else:
-            raise UnsupportedError(f"tokenizer model {kind!r} is not read; known: gpt2, llama", field="tokenizer.ggml.model")
+            raise UnsupportedError(
+                f"tokenizer model {kind!r} is not read; known: gpt2, llama", field="tokenizer.ggml.model"
+            )
         control = [i for i, k in enumerate(types) if k == _CONTROL]
         fast.add_special_tokens([AddedToken(tokens[i], special=True, normalized=False) for i in control])
         user = [tokens[i] for i, k in enumerate(types) if k == _USER and tokens[i]]
@@ -220,7 +237,9 @@ class Tokenizer:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
-            raise ConfigError("text holds half of a surrogate pair, which no encoding can express", field="text") from None
+            raise ConfigError(
+                "text holds half of a surrogate pair, which no encoding can express", field="text"
+            ) from None
         self._fast.encode_special_tokens = not special
         ids = self._fast.encode(text, add_special_tokens=False).ids
         if (self.add_bos if bos is None else bos) and self.bos_id is not None:
@@ -234,11 +253,17 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise ConfigError(
-                "the model has no chat template", hint="use generate() with plain text, or an instruct model", field="messages"
+                "the model has no chat template",
+                hint="use generate() with plain text, or an instruct model",
+                field="messages",
             )
         if self._template is None:
             texts = [self.token_text(i) for i in self.special_ids]
-            names = {"bos_token": self.bos_id, "eos_token": self.eos_ids[0] if self.eos_ids else None, "pad_token": self.pad_id}
+            names = {
+                "bos_token": self.bos_id,
+                "eos_token": self.eos_ids[0] if self.eos_ids else None,
+                "pad_token": self.pad_id,
+            }
             constants = {name: self.token_text(i) for name, i in names.items() if i is not None}
             self._template = ChatTemplate(self.chat_template, texts, {"bos_token": "", "eos_token": "", **constants})
         ids: list[int] = []
@@ -359,7 +384,7 @@ def _bpe(tokens: list[str], merges: list[tuple[str, str]], **options: Any) -> Fa
         raise FormatError(f"not a BPE vocabulary: {str(error)[:200]}", field="tokenizer.ggml.merges") from None
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A small JSON object file; {} when absent. Raises FormatError when it is something else."""
     if not path.is_file():
         return {}

@@ -107,7 +107,12 @@ class Block(nn.Module):
                 mixed = F.scaled_dot_product_attention(grouped, keys[None], values[None], scale=c.attn_scale)
                 return mixed.view(1, -1)
             mixed = F.scaled_dot_product_attention(
-                q.transpose(0, 1)[None], keys[None], values[None], attn_mask=allowed, scale=c.attn_scale, enable_gqa=True
+                q.transpose(0, 1)[None],
+                keys[None],
+                values[None],
+                attn_mask=allowed,
+                scale=c.attn_scale,
+                enable_gqa=True,
             )
             return mixed[0].transpose(0, 1).reshape(t, -1)
         grouped = q.view(t, c.kv_heads, -1, c.head_dim).permute(1, 2, 0, 3)
@@ -139,7 +144,9 @@ class Block(nn.Module):
                 slab_k[:, plan.start : end].copy_(k[span].transpose(0, 1))
                 slab_v[:, plan.start : end].copy_(v[span].transpose(0, 1))
                 # one new token under a window: older keys are cut off instead of masked
-                first = max(0, end - self.window) if self.window and plan.visible == end and end - plan.start == 1 else 0
+                first = (
+                    max(0, end - self.window) if self.window and plan.visible == end and end - plan.start == 1 else 0
+                )
                 keys, values = slab_k[:, first : plan.visible], slab_v[:, first : plan.visible]
             allowed = None if first else plan.mask_at(self.index, self.window)
             mixed.append(self.attend(q[span], keys, values, allowed))
