@@ -75,9 +75,7 @@ class Oracle(Stub):
 
     name = "oracle"
 
-    def __init__(
-        self, texts: Mapping[tuple[int, ...], Sequence[int]], vocab: int, skill: float = 1.0, wide: bool = False
-    ):
+    def __init__(self, texts: Mapping[tuple[int, ...], Sequence[int]], vocab: int, skill: float = 1.0, wide: bool = False):
         super().__init__()
         self.texts, self.vocab, self.skill, self.wide = dict(texts), vocab, skill, wide
         self.random = random.Random(1)

@@ -85,7 +85,5 @@ def unknown_name(kind: str, name: str, known: Iterable[str], hint: str = "") -> 
     if hint:
         parts.append(hint)
     if not parts:
-        parts.append(
-            "known: " + ", ".join(known[:12]) + (", ..." if len(known) > 12 else "") if known else "none known"
-        )
+        parts.append("known: " + ", ".join(known[:12]) + (", ..." if len(known) > 12 else "") if known else "none known")
     return UnknownNameError(f"unknown {kind} {name!r}", hint=" ".join(parts), field=kind)

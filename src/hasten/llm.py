@@ -90,9 +90,7 @@ class LLM:
 
     # --- generation ---
 
-    def generate(
-        self, prompt: Prompt | Sequence[Prompt], *, method: str | Sequence[str] = "auto", **sampling: Any
-    ) -> Any:
+    def generate(self, prompt: Prompt | Sequence[Prompt], *, method: str | Sequence[str] = "auto", **sampling: Any) -> Any:
         """Continue `prompt` (text or token ids): an Output; a list of Outputs when n > 1 or for a list of prompts
         (a list of lists for both). Prompts of a list run together and do not influence one another.
 
@@ -195,9 +193,7 @@ class LLM:
             check_needs(one.slug, one.needs, self.name, self.model.capabilities)
             for other in cards[:i]:
                 if one.slug == other.slug or other.slug in one.conflicts or one.slug in other.conflicts:
-                    raise IncompatibleError(
-                        f"method {one.slug!r} cannot be combined with {other.slug!r}", field="method"
-                    )
+                    raise IncompatibleError(f"method {one.slug!r} cannot be combined with {other.slug!r}", field="method")
         drafters = [name for name, one in zip(names, cards, strict=True) if one.plugs_into == "draft"]
         rules = [name for name, one in zip(names, cards, strict=True) if one.plugs_into == "logits"]
         if len(drafters) > 1:

@@ -22,9 +22,7 @@ EventKind = Literal[
 MAX_SEED = 2**63 - 1
 
 
-def _number(
-    name: str, value: object, low: float, high: float, *, open_low: bool = False, integer: bool = False
-) -> None:
+def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False, integer: bool = False) -> None:
     """Raise unless `value` is a finite number (never a bool) in [low, high] (or (low, high] with `open_low`)."""
     kinds = (int,) if integer else (int, float)
     what = "an integer" if integer else "a number"

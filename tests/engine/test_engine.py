@@ -187,9 +187,7 @@ def test_scoring_in_chunks_equals_scoring_at_once(engine: Engine, monkeypatch: p
     assert len(whole) == 49
     monkeypatch.setattr(scoring, "LIMITS", Limits(prefill_chunk=8))
     for start in (1, 7, 8, 9, 33, 49, 50):
-        assert score(engine.backbone, engine.scheduler.pool, tokens, start) == pytest.approx(
-            whole[start - 1 :], abs=1e-4
-        )
+        assert score(engine.backbone, engine.scheduler.pool, tokens, start) == pytest.approx(whole[start - 1 :], abs=1e-4)
     with pytest.raises(ConfigError, match="start"):
         score(engine.backbone, engine.scheduler.pool, tokens, 0)
 

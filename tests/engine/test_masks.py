@@ -57,9 +57,7 @@ def cases(draw: st.DrawFn) -> tuple[object, list[int], list[int], int, int | Non
 def test_mask_equals_its_definition(case: tuple) -> None:
     visibility, qpos, kpos, start, window = case
     got = mask(visibility, torch.tensor(qpos), torch.tensor(kpos), start, window)
-    want = [
-        [sees(visibility, q, k, qpos[q], kpos[k], start, window) for k in range(len(kpos))] for q in range(len(qpos))
-    ]
+    want = [[sees(visibility, q, k, qpos[q], kpos[k], start, window) for k in range(len(kpos))] for q in range(len(qpos))]
     if got is None:
         assert all(all(row) for row in want)
     else:

@@ -118,9 +118,7 @@ class LayerHooks:
     kv_write(i, k [kv_heads, T, head_dim], v) -> bool [T] | None: which of the pass's keys stay stored after it.
     """
 
-    before_layer: (
-        Callable[[int, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | None, Tensor]] | None
-    ) = None
+    before_layer: Callable[[int, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | None, Tensor]] | None = None
     mixer: Callable[[int, Tensor], Tensor | None] | None = None
     after_attention: Callable[[int, Tensor, Tensor | None, Tensor | None], Tensor] | None = None
     ffn: Callable[[int, Tensor, Tensor | None], Tensor | None] | None = None

@@ -77,9 +77,7 @@ def check_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def _integers(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**48 for v in value
-    )
+    return isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**48 for v in value)
 
 
 class Checkpoint:
@@ -134,9 +132,7 @@ def checkpoint_files(directory: Path) -> list[Path]:
         files = []
         for name in names:
             if not isinstance(name, str) or Path(name).name != name or not (directory / name).is_file():
-                raise FormatError(
-                    f"names {name!r:.80}, which is not in the directory", path=str(index), field="weight_map"
-                )
+                raise FormatError(f"names {name!r:.80}, which is not in the directory", path=str(index), field="weight_map")
             files.append(directory / name)
         return files
     if single.is_file():

@@ -137,9 +137,7 @@ class ModelConfig:
                 raise out_of_range(name, value, "a positive finite number or none")
         for token in self.eos_ids:
             if not 0 <= token < self.vocab_size:
-                raise ConfigError(
-                    f"eos_ids holds {token}, outside the vocabulary of {self.vocab_size}", field="eos_ids"
-                )
+                raise ConfigError(f"eos_ids holds {token}, outside the vocabulary of {self.vocab_size}", field="eos_ids")
 
     @property
     def parameters(self) -> int:

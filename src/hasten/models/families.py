@@ -172,9 +172,7 @@ def _layers(kind: str, f: _Fields) -> tuple[tuple[Layer, ...], tuple[Rope, ...]]
     if types is not None and (not isinstance(types, list) or len(types) != count):
         raise FormatError(f"config: layer_types is not a list of {count} entries", field="layer_types")
     if types is not None and not set(types) <= {"full_attention", "sliding_attention"}:
-        raise UnsupportedError(
-            "config: layer_types holds kinds other than full and sliding attention", field="layer_types"
-        )
+        raise UnsupportedError("config: layer_types holds kinds other than full and sliding attention", field="layer_types")
     window: int | None = f.integer("sliding_window", 0) or None
     if kind == "gemma3_text":
         window = window or f.integer("sliding_window", 4096)

@@ -195,9 +195,7 @@ class GGUFFile:
             raise FormatError(f"metadata {key} is missing", path=str(self.path), field=key)
         if value is default:
             return value
-        good = isinstance(value, (int, float) if kind is float else kind) and (
-            kind is bool or not isinstance(value, bool)
-        )
+        good = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
         if not good:
             raise FormatError(
                 f"metadata {key} is {value!r:.60}, not of type {kind.__name__}", path=str(self.path), field=key
@@ -269,9 +267,7 @@ class GGUFFile:
             factors = tuple(float(f) for f in self.dequantize("rope_freqs.weight").reshape(-1))
             rope = Rope(theta=theta, partial=partial, kind="factors", factors=factors)
         elif kind == "linear":
-            rope = Rope(
-                theta=theta, partial=partial, kind="linear", factor=self._get(f"{arch}.rope.scaling.factor", float)
-            )
+            rope = Rope(theta=theta, partial=partial, kind="linear", factor=self._get(f"{arch}.rope.scaling.factor", float))
         elif kind != "none":
             raise UnsupportedError(f"{self.path}: rope scaling {kind!r} is not supported", field="rope.scaling.type")
         window = self._get(f"{arch}.attention.sliding_window", int, 0) or None

@@ -17,7 +17,7 @@ _BF16_UPCAST = 5  # query tokens from which widening a bf16 weight to fp32 beats
 
 
 @cache
-def _packs(dtype: torch.dtype) -> bool:
+def packs(dtype: torch.dtype) -> bool:
     """Whether this build of torch packs linear weights of `dtype` on this CPU (asked once, by trying a small one)."""
     if not torch.backends.mkldnn.is_available():
         return False
@@ -44,7 +44,7 @@ class Linear(nn.Module):
     def pack(self) -> None:
         """Pack the weight for inference if this machine gains from it; otherwise leave it as it is."""
         weight = self.weight
-        if weight is None or weight.device.type != "cpu" or not _packs(weight.dtype):
+        if weight is None or weight.device.type != "cpu" or not packs(weight.dtype):
             return
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
         self.weight = None
@@ -55,8 +55,8 @@ class Linear(nn.Module):
             return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         weight = self.weight
         assert weight is not None  # noqa: S101 - packed and weight exclude each other
-        if weight.dtype == torch.bfloat16 and x[..., 0].numel() >= _BF16_UPCAST and not _packs(torch.bfloat16):
-            if not torch.is_grad_enabled():
-                bias = None if self.bias is None else self.bias.float()
-                return F.linear(x.float(), weight.float(), bias).to(x.dtype)
+        narrow = weight.dtype == torch.bfloat16 and not torch.is_grad_enabled() and not packs(torch.bfloat16)
+        if narrow and x[..., 0].numel() >= _BF16_UPCAST:
+            bias = None if self.bias is None else self.bias.float()
+            return F.linear(x.float(), weight.float(), bias).to(x.dtype)
         return F.linear(x, weight, self.bias)

@@ -126,9 +126,7 @@ def _gguf(path: Path, dtype: str, force: bool, progress: Progress | None) -> Loa
     return Loaded(model, file.tokenizer(), config, str(path), kind, size)
 
 
-def _directory(
-    path: Path, dtype: str, force: bool, progress: Progress | None, files: list[Path] | None = None
-) -> Loaded:
+def _directory(path: Path, dtype: str, force: bool, progress: Progress | None, files: list[Path] | None = None) -> Loaded:
     raw = read_json(path / "config.json")
     if not raw:
         raise FormatError("holds no config.json", path=str(path))

@@ -24,9 +24,7 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
         return inverse / rope.factor
     if rope.kind == "llama3":
         wavelength = 2 * math.pi / inverse
-        smooth = (rope.original_len / wavelength - rope.low_freq_factor) / (
-            rope.high_freq_factor - rope.low_freq_factor
-        )
+        smooth = (rope.original_len / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
         smooth = smooth.clamp(0, 1)  # 0: long wavelengths, divided by factor; 1: short ones, kept
         return (1 - smooth) * inverse / rope.factor + smooth * inverse
     return inverse

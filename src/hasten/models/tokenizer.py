@@ -75,9 +75,7 @@ def end_ids_from_gguf(metadata: Mapping[str, Any]) -> tuple[int, ...]:
     tokens, types = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
     if isinstance(tokens, list) and isinstance(types, list) and len(tokens) == len(types):
         ids += [
-            i
-            for i, (text, kind) in enumerate(zip(tokens, types, strict=True))
-            if kind == _CONTROL and text in _END_NAMES
+            i for i, (text, kind) in enumerate(zip(tokens, types, strict=True)) if kind == _CONTROL and text in _END_NAMES
         ]
     return tuple(dict.fromkeys(i for i in ids if isinstance(i, int) and not isinstance(i, bool) and i >= 0))
 
@@ -188,9 +186,7 @@ class Tokenizer:
 
         kind = metadata.get("tokenizer.ggml.model")
         tokens = strings("tokens")
-        types = (
-            strings("token_type", len(tokens), int) if "tokenizer.ggml.token_type" in metadata else [1] * len(tokens)
-        )
+        types = strings("token_type", len(tokens), int) if "tokenizer.ggml.token_type" in metadata else [1] * len(tokens)
         if not tokens:
             raise FormatError("metadata tokenizer.ggml.tokens is empty", field="tokens")
         if kind == "gpt2":
@@ -237,9 +233,7 @@ class Tokenizer:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
-            raise ConfigError(
-                "text holds half of a surrogate pair, which no encoding can express", field="text"
-            ) from None
+            raise ConfigError("text holds half of a surrogate pair, which no encoding can express", field="text") from None
         self._fast.encode_special_tokens = not special
         ids = self._fast.encode(text, add_special_tokens=False).ids
         if (self.add_bos if bos is None else bos) and self.bos_id is not None:

@@ -144,9 +144,7 @@ class Block(nn.Module):
                 slab_k[:, plan.start : end].copy_(k[span].transpose(0, 1))
                 slab_v[:, plan.start : end].copy_(v[span].transpose(0, 1))
                 # one new token under a window: older keys are cut off instead of masked
-                first = (
-                    max(0, end - self.window) if self.window and plan.visible == end and end - plan.start == 1 else 0
-                )
+                first = max(0, end - self.window) if self.window and plan.visible == end and end - plan.start == 1 else 0
                 keys, values = slab_k[:, first : plan.visible], slab_v[:, first : plan.visible]
             allowed = None if first else plan.mask_at(self.index, self.window)
             mixed.append(self.attend(q[span], keys, values, allowed))
@@ -294,9 +292,7 @@ class Transformer(nn.Module):
                 taps[i] = h
             allowed = mask(at_layer(visibility, i), positions, positions, 0, block.window)
             q, k, v = block.project(block.attn_norm(h), None if block.rope is None else rotary[block.rope])
-            mixed = torch.stack(
-                [block.attend(q[n], k[n].transpose(0, 1), v[n].transpose(0, 1), allowed) for n in range(b)]
-            )
+            mixed = torch.stack([block.attend(q[n], k[n].transpose(0, 1), v[n].transpose(0, 1), allowed) for n in range(b)])
             h = block.finish(h, cast(Tensor, block.out(mixed)))
         if hidden is not None and len(self.layers) in hidden:
             taps[len(self.layers)] = h

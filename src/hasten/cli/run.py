@@ -1,0 +1,65 @@
+"""`hasten run`: one prompt in, text out as it is made."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from hasten.cli._shared import as_json, open_model, output_json, sampling, stats_line
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command("run")(run)
+
+
+def run(
+    model: Annotated[str, typer.Argument(help="Catalog name, directory, hub id, .gguf or .safetensors file.")],
+    prompt: Annotated[str, typer.Argument(help='The prompt; "-" reads it from standard input.')],
+    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 always takes the best token; 0.7 varies; above 1 wanders.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens that together hold this probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Keep this many of the likeliest tokens (0 = all).")] = 0,
+    min_p: Annotated[float, typer.Option(help="Drop tokens less likely than this share of the best one.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes tokens seen before less likely.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text (repeatable).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Repeat an answer exactly; every answer reports its seed.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help='Method, e.g. "prompt-lookup" (repeatable).')] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads (default: all).")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Load although the memory check refuses.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Print speed and cost to standard error.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming text.")] = False,
+) -> None:
+    """Generate from one prompt: text appears as it is made."""
+    from hasten.registry import module, parse
+    from hasten.types import SamplingParams
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    fields = sampling(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
+        repetition_penalty=repetition_penalty, stop=stop, seed=seed,
+    )  # fmt: skip
+    SamplingParams(**fields)  # a wrong option is refused before a model is loaded
+    chosen = method or ["auto"]
+    for name in chosen:
+        if parse(name)[0] not in ("auto", "plain"):
+            module(parse(name)[0])
+    llm = open_model(model, dtype, threads, force)
+    chat = not raw and llm.tokenizer is not None and llm.tokenizer.chat_template is not None
+    messages = [{"role": "user", "content": text}]
+    if json:
+        out = llm.chat(messages, method=chosen, **fields) if chat else llm.generate(text, method=chosen, **fields)
+        typer.echo(as_json(output_json(llm, out)))
+        return
+    events = llm.chat_stream(messages, method=chosen, **fields) if chat else llm.stream(text, method=chosen, **fields)
+    for event in events:
+        if event.kind == "commit":
+            print(event.text, end="", flush=True)
+        elif event.output is not None:
+            print()
+            if stats:
+                print(stats_line(event.output), file=sys.stderr)
