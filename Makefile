@@ -10,7 +10,7 @@ demo: $(VENV)/.installed  ## install, fetch a real model (about 90 MB, once) and
 	$(BIN)/hasten run smollm2-135m "Explain in two sentences why the sky is blue." --max-tokens 64 --stats
 
 test: $(VENV)/.tested check  ## every gate and the default test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore=tests/shape  # make check has just run those
 
 slow: $(VENV)/.tested  ## the long tests too
 	$(BIN)/python -m pytest -m slow

@@ -1,36 +1,68 @@
-"""What several commands share: loading with a progress bar, JSON output, sampling options as a dict."""
+"""What several commands share: loading with a progress bar, checks before loading, streaming, JSON output."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from hasten.errors import ConfigError
+
 if TYPE_CHECKING:
     from hasten.llm import LLM
+    from hasten.types import Event, Output
 
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A callback (what, done, total) drawn as a bar with an estimate on stderr; silent when stderr is no terminal."""
+    """A callback (what, done, total) drawn on stderr with an estimate, for bytes with the speed too; silent when
+    stderr is no terminal."""
     if not sys.stderr.isatty():
         yield lambda what, done, total: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        Task,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.text import Text
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    class Size(DownloadColumn):
+        def render(self, task: Task) -> Text:
+            return super().render(task) if task.fields["bytes"] else Text()
+
+    class Speed(TransferSpeedColumn):
+        def render(self, task: Task) -> Text:
+            return super().render(task) if task.fields["bytes"] else Text()
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), Size(), Speed(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         tasks: dict[str, Any] = {}
 
         def show(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total or None)
+                tasks[what] = bar.add_task(what, total=total or None, bytes=not what.startswith("loading"))
             bar.update(tasks[what], completed=done)
 
         yield show
+
+
+def check_methods(names: Iterable[str]) -> None:
+    """Refuse an unknown or planned method before a model is loaded; raises as `registry.module` does."""
+    from hasten.registry import module, parse
+
+    for name in names:
+        slug = parse(name)[0]
+        if slug not in ("auto", "plain"):
+            module(slug)
 
 
 def open_model(model: str, dtype: str, threads: int | None, force: bool) -> LLM:
@@ -41,12 +73,32 @@ def open_model(model: str, dtype: str, threads: int | None, force: bool) -> LLM:
         return hasten.load(model, dtype=dtype, threads=threads, force=force, progress=progress)
 
 
+def print_text(events: Iterable[Event]) -> Iterator[Event]:
+    """The same events; the text they commit is printed as it arrives, and a line end after the last."""
+    for event in events:
+        if event.kind == "commit":
+            print(event.text, end="", flush=True)
+        elif event.output is not None:
+            print(flush=True)
+        yield event
+
+
+def read_stdin() -> str:
+    """All of standard input, without the line end that a shell adds; raises ConfigError when it is not UTF-8."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"standard input is not UTF-8 text (byte {error.start})", hint="convert it with iconv", field="prompt"
+        ) from None
+
+
 def as_json(value: Any) -> str:
-    """One JSON document."""
+    """One JSON document on one line."""
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def output_json(llm: LLM, output: Any) -> dict[str, Any]:
+def output_json(llm: LLM, output: Output) -> dict[str, Any]:
     """An Output as the object that `--json` prints."""
     usage = {name: getattr(output.usage, name) for name in output.usage.__slots__}
     usage |= {"tokens_per_s": output.usage.tokens_per_s, "tokens_per_forward": output.usage.tokens_per_forward}
@@ -63,7 +115,7 @@ def output_json(llm: LLM, output: Any) -> dict[str, Any]:
     }
 
 
-def stats_line(output: Any) -> str:
+def stats_line(output: Output) -> str:
     """Speed and cost of one output, for people."""
     u = output.usage
     return (
@@ -73,5 +125,9 @@ def stats_line(output: Any) -> str:
 
 
 def sampling(**fields: Any) -> dict[str, Any]:
-    """Sampling fields without those that were not given."""
-    return {name: value for name, value in fields.items() if value not in (None, [], ())}
+    """The sampling fields that were given, every one checked; raises ConfigError naming the field."""
+    from hasten.types import SamplingParams
+
+    given = {name: value for name, value in fields.items() if value not in (None, [], ())}
+    SamplingParams(**given)
+    return given

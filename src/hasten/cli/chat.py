@@ -1,15 +1,31 @@
-"""`hasten chat`: a conversation in the terminal."""
+"""`hasten chat`: a conversation in the terminal, or line by line through a pipe."""
 
 from __future__ import annotations
 
+import re
 import sys
-from typing import Annotated
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hasten.cli._shared import as_json, open_model, output_json, sampling, stats_line
+from hasten.cli._shared import (
+    as_json,
+    check_methods,
+    open_model,
+    output_json,
+    print_text,
+    sampling,
+    stats_line,
+)
 
-_HELP = "/reset forgets the conversation, /exit leaves (so does Ctrl-D), Ctrl-C stops an answer."
+if TYPE_CHECKING:
+    from hasten.llm import LLM
+    from hasten.types import Event, Output
+
+_HELP = "/reset forgets the conversation, /exit leaves (so does Ctrl-D), Ctrl-C stops an answer, /help prints this."
+_COMMAND = re.compile(r"/[a-z]+")
 
 
 def register(app: typer.Typer) -> None:
@@ -24,7 +40,7 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 always takes the best token; 0.7 varies.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens that together hold this probability.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Repeat a conversation exactly.")] = None,
-    method: Annotated[list[str] | None, typer.Option(help="Method (repeatable).")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="How to decode (repeatable; see `methods`).")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads (default: all).")] = None,
     force: Annotated[bool, typer.Option("--force", help="Load although the memory check refuses.")] = False,
@@ -32,49 +48,71 @@ def chat(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object per answer.")] = False,
 ) -> None:
     """Talk to a model; the conversation is kept until /reset."""
-    from hasten.types import SamplingParams
+    from hasten.errors import HastenError
 
     fields = sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    SamplingParams(**fields)
+    chosen = method or ["auto"]
+    check_methods(chosen)
     llm = open_model(model, dtype, threads, force)
     start = [{"role": "system", "content": system}] if system else []
     history = list(start)
-    terminal = sys.stdin.isatty() and not json
-    if terminal:
-        print(_HELP)
-    while True:
-        try:
-            line = input("> " if terminal else "").strip()
-        except EOFError:
-            break
-        except KeyboardInterrupt:
-            print()
-            continue
+    terminal = sys.stdin.isatty()
+    for line in _lines(terminal):
         if line == "/exit":
             break
         if line == "/reset":
             history = list(start)
-        elif line == "/help":
-            print(_HELP)
-        elif line:
+        elif _COMMAND.fullmatch(line):
+            print(_HELP if line == "/help" else f"no such command: {line}. {_HELP}", file=sys.stderr)
+        else:
             history.append({"role": "user", "content": line})
-            answer, output = "", None
-            events = llm.chat_stream(history, method=method or ["auto"], **fields)
             try:
-                for event in events:
-                    if event.kind == "commit":
-                        answer += event.text
-                        if not json:
-                            print(event.text, end="", flush=True)
-                    output = event.output or output
-            except KeyboardInterrupt:
-                print(" [stopped]", end="")
-            finally:
-                events.close()  # type: ignore[attr-defined]
+                answer, output = _answer(llm, history, json, {"method": chosen, **fields})
+            except HastenError as error:
+                if not terminal:
+                    raise
+                history.pop()  # the conversation goes on as if this had not been said
+                print(f"error: {error.message}\nhint: {error.hint or '/reset starts again'}", file=sys.stderr)
+                continue
             history.append({"role": "assistant", "content": answer})
-            if json and output is not None:
-                print(as_json(output_json(llm, output)), flush=True)
-            elif not json:
-                print()
-                if stats and output is not None:
-                    print(stats_line(output), file=sys.stderr)
+            if stats and output is not None:
+                print(stats_line(output), file=sys.stderr)
+
+
+def _lines(terminal: bool) -> Iterator[str]:
+    """What the user says, line by line and never empty, until the end of input; Ctrl-C drops the line being typed."""
+    if terminal:
+        with suppress(ImportError):
+            import readline  # noqa: F401 - importing it gives input() history and arrow keys
+        print(_HELP, file=sys.stderr)
+    while True:
+        try:
+            line = input("> " if terminal else "").strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            print(file=sys.stderr)
+            continue
+        if line:
+            yield line
+
+
+def _answer(llm: LLM, history: list[dict[str, str]], json: bool, options: dict[str, Any]) -> tuple[str, Output | None]:
+    """The answer as it was printed, and its Output; None when Ctrl-C stopped it."""
+    parts: list[str] = []
+    events: Any = llm.chat_stream(history, **options)
+    with closing(events):
+        try:
+            seen: Iterator[Event] = events if json else print_text(events)
+            for event in seen:
+                if event.kind == "commit":
+                    parts.append(event.text)
+                if event.output is not None:
+                    if json:
+                        typer.echo(as_json(output_json(llm, event.output)))
+                    return "".join(parts), event.output
+        except KeyboardInterrupt:
+            print(" [stopped]", file=sys.stderr)
+    return "".join(parts), None

@@ -8,6 +8,9 @@ import typer
 
 from hasten.cli._shared import as_json
 
+_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16", "amx_int8")
+_FEATURES_ARM = ("asimddp", "bf16", "i8mm", "sve", "sve2")
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
@@ -21,16 +24,36 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print a JSON objec
         typer.echo(as_json(facts))
         return
     for name, value in facts.items():
-        if name == "limits":
-            print("limits:")
-            for limit in value:
-                print(f"  {limit['name']} = {limit['value']:g} {limit['unit']}: {limit['reason']}")
-        elif name == "models":
-            print("models:")
+        if isinstance(value, list):
+            print(f"{name}:")
             for entry in value:
-                print(f"  {entry['name']} ({entry['license']}): {entry['path'] or 'not fetched yet'}")
+                print(f"  {_line(name, entry)}")
         else:
             print(f"{name}: {value}")
+
+
+def _line(name: str, entry: Any) -> str:
+    if name == "limits":
+        return f"{entry['name']} = {entry['value']} {entry['unit']}: {entry['reason']}"
+    if name == "models":
+        return f"{entry['name']} ({entry['license']}): {entry['path'] or 'not fetched yet'}"
+    return str(entry)
+
+
+def _cpu() -> tuple[str, str]:
+    """Name and the features that matter for speed, as the system reports them; "unknown" where it does not."""
+    import platform
+    from pathlib import Path
+
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor() or platform.machine(), "unknown"
+    fields = dict(reversed([line.split(":", 1) for line in text.splitlines() if ":" in line]))  # the first core's win
+    facts = {name.strip(): value.strip() for name, value in fields.items()}
+    flags = set((facts.get("flags") or facts.get("Features") or "").split())
+    found = [name for name in (*_FEATURES, *_FEATURES_ARM) if name in flags]
+    return facts.get("model name") or platform.machine(), " ".join(found) or "none of those that matter"
 
 
 def _facts() -> dict[str, Any]:
@@ -53,17 +76,21 @@ def _facts() -> dict[str, Any]:
             return "not installed"
 
     notes = ["native kernels: not in this version; linear layers run on torch"]
+    if not packs(torch.float32):
+        notes.append("float32: this torch cannot pack weights; expect prompts to be read more slowly")
     if not packs(torch.bfloat16):
         notes.append("bfloat16: no hardware support here; good for single tokens, slow for prompts")
+    cpu, features = _cpu()
     return {
         "hasten": __version__,
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "tokenizers", "gguf", "transformers")},
-        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cpu": cpu,
+        "cpu_features": features,
+        "torch_uses": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "free_memory_gb": round(available_bytes() / 1e9, 1),
-        "packed_float32": packs(torch.float32),
         "notes": notes,
         "models": [entry.to_dict() for entry in catalog.entries()],
         "limits": [

@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from hasten.cli._shared import as_json, open_model, output_json, sampling, stats_line
+from hasten.cli._shared import (
+    as_json,
+    check_methods,
+    open_model,
+    output_json,
+    print_text,
+    read_stdin,
+    sampling,
+    stats_line,
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -23,10 +32,19 @@ def run(
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens that together hold this probability.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Keep this many of the likeliest tokens (0 = all).")] = 0,
     min_p: Annotated[float, typer.Option(help="Drop tokens less likely than this share of the best one.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes tokens seen before less likely.")] = 1.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1 makes tokens of the prompt and the answer less likely.")
+    ] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Above 0 makes tokens of the answer less likely, once.")] = 0.0,
+    frequency_penalty: Annotated[
+        float, typer.Option(help="Above 0 makes tokens of the answer less likely each time they appear.")
+    ] = 0.0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text (repeatable).")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the model's own end (for timing).")] = False,
     seed: Annotated[int | None, typer.Option(help="Repeat an answer exactly; every answer reports its seed.")] = None,
-    method: Annotated[list[str] | None, typer.Option(help='Method, e.g. "prompt-lookup" (repeatable).')] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help='How to decode, e.g. "prompt-lookup:nodes=4" (repeatable; see `methods`).')
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads (default: all).")] = None,
@@ -35,31 +53,26 @@ def run(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming text.")] = False,
 ) -> None:
     """Generate from one prompt: text appears as it is made."""
-    from hasten.registry import module, parse
-    from hasten.types import SamplingParams
+    from hasten.errors import ConfigError
 
-    text = sys.stdin.read() if prompt == "-" else prompt
     fields = sampling(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
-        repetition_penalty=repetition_penalty, stop=stop, seed=seed,
+        repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty, stop=stop, ignore_eos=ignore_eos, seed=seed,
     )  # fmt: skip
-    SamplingParams(**fields)  # a wrong option is refused before a model is loaded
     chosen = method or ["auto"]
-    for name in chosen:
-        if parse(name)[0] not in ("auto", "plain"):
-            module(parse(name)[0])
+    check_methods(chosen)
+    text = read_stdin() if prompt == "-" else prompt
+    if not text:
+        raise ConfigError("prompt is empty; prompt must hold at least one character", field="prompt")
     llm = open_model(model, dtype, threads, force)
-    chat = not raw and llm.tokenizer is not None and llm.tokenizer.chat_template is not None
-    messages = [{"role": "user", "content": text}]
-    if json:
-        out = llm.chat(messages, method=chosen, **fields) if chat else llm.generate(text, method=chosen, **fields)
-        typer.echo(as_json(output_json(llm, out)))
-        return
-    events = llm.chat_stream(messages, method=chosen, **fields) if chat else llm.stream(text, method=chosen, **fields)
-    for event in events:
-        if event.kind == "commit":
-            print(event.text, end="", flush=True)
-        elif event.output is not None:
-            print()
+    if not raw and llm.tokenizer is not None and llm.tokenizer.chat_template is not None:
+        events = llm.chat_stream([{"role": "user", "content": text}], method=chosen, **fields)
+    else:
+        events = llm.stream(text, method=chosen, **fields)
+    for event in events if json else print_text(events):
+        if event.output is not None:
+            if json:
+                typer.echo(as_json(output_json(llm, event.output)))
             if stats:
                 print(stats_line(event.output), file=sys.stderr)

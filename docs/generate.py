@@ -1,0 +1,114 @@
+"""Writes the pages that are made from the code: `make docs`. A test checks that the committed pages are current.
+
+cli.md and limits.md are written whole. In methods/<slug>.md the block between the two card marks is written; the rest
+of the page is the author's.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import typer
+
+DOCS = Path(__file__).parent
+NOTE = "<!-- Made by docs/generate.py; change the code and run `make docs`. -->"
+CARD = re.compile(r"<!-- card -->.*?<!-- /card -->", re.DOTALL)
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table; bars inside cells are escaped."""
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _row(parameter: inspect.Parameter, hint: Any) -> tuple[str, str, str]:
+    """Name, default and help of one argument or option, from its annotation and default in the command's function."""
+    kind, info = get_args(hint)
+    if isinstance(info, typer.models.ArgumentInfo):
+        name = parameter.name.upper()
+        return f"`{name}`" if parameter.default is parameter.empty else f"`[{name}]`", "", str(info.help)
+    name = info.param_decls[0] if info.param_decls else "--" + parameter.name.replace("_", "-")
+    if kind is bool:
+        return f"`{name}`", "", str(info.help)
+    kinds = [k for k in (kind, *get_args(kind)) if k in (int, float, str)]
+    value = "TEXT" if not kinds or kinds[0] is str else "INTEGER" if kinds[0] is int else "NUMBER"
+    default = "" if parameter.default in (None, "") else f"`{parameter.default}`"
+    return f"`{name} {value}`", default, str(info.help)
+
+
+def cli() -> str:
+    """docs/cli.md: every command with its arguments and options."""
+    from hasten.cli import app
+
+    parts = [NOTE, "# The command line", str(app.info.help)]
+    parts.append(
+        "`hasten [--version] [--debug] COMMAND ...`; exit code 0 is success, 2 a wrong request, 1 another failure."
+    )
+    for command in app.registered_commands:
+        function: Any = command.callback
+        hints = get_type_hints(function, include_extras=True)
+        rows = [_row(parameter, hints[name]) for name, parameter in inspect.signature(function).parameters.items()]
+        arguments = [row[0].strip("`") for row in rows if not row[0].startswith("`--")]
+        title = " ".join([f"## hasten {command.name}", *arguments])
+        parts += [title, inspect.getdoc(function) or "", table(("option", "default", "meaning"), rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def limits() -> str:
+    """docs/limits.md: every bound with its default, unit and reason."""
+    from hasten.engine.limits import LIMITS
+
+    rows = [(f"`{name}`", f"{value:,}", unit, why) for name, value, unit, why in LIMITS.rows_for_people()]
+    text = (
+        "Bounds on what a request or a file may ask for refuse it, naming the field, the value and the bound. Bounds on "
+        "the work of one step (rows, prefill_chunk, step_tokens, draft_nodes, cache_share) only shape how it runs."
+    )
+    return "\n\n".join([NOTE, "# Limits", text, table(("limit", "default", "unit", "reason"), rows)]) + "\n"
+
+
+def card(slug: str) -> str:
+    """The facts of a method's card as the block of its page."""
+    from hasten.registry import card
+
+    facts = card(slug)
+    paper = f"arXiv {facts.paper}, " if facts.paper else ""
+    lines = [
+        f"**{facts.title}** ({paper}{facts.date}). Plugs into `{facts.plugs_into}`; {facts.exactness}.",
+        f"Claim: {facts.claim}",
+        f"Does not help: {facts.no_help}",
+        *([f"Needs from the model: {', '.join(facts.needs)}."] if facts.needs else []),
+        *([f"Cannot be combined with: {', '.join(facts.conflicts)}."] if facts.conflicts else []),
+        *([table(("setting", "meaning"), [(f"`{k}`", v) for k, v in facts.knobs.items()])] if facts.knobs else []),
+    ]
+    return "<!-- card -->\n" + "\n\n".join(lines) + "\n<!-- /card -->"
+
+
+def pages() -> dict[Path, str]:
+    """Path -> text of every page, or part of a page, that is made from the code."""
+    from hasten.registry import modules
+
+    made = {DOCS / "cli.md": cli(), DOCS / "limits.md": limits()}
+    for slug, module in modules().items():
+        if not module.startswith("hasten."):
+            continue  # a third party's method has its page elsewhere
+        path = DOCS / "methods" / f"{slug}.md"
+        text = path.read_text(encoding="utf-8") if path.is_file() else f"# {slug}\n\n<!-- card --><!-- /card -->\n"
+        block = card(slug)
+        made[path] = CARD.sub(lambda match, block=block: block, text)
+    return made
+
+
+def main() -> None:
+    """Write what has changed and name it."""
+    for path, text in pages().items():
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            print(f"wrote {path.relative_to(DOCS.parent)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""`hasten chat`: history, commands, JSON lines through a pipe; Ctrl-C, Ctrl-D and errors on a real terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import hasten as package
+
+
+def answers(model: str, *said: str, system: str = "", tokens: int = 6) -> list[str]:
+    """What the API answers in one conversation."""
+    llm = package.load(model)
+    history = [{"role": "system", "content": system}] if system else []
+    texts = []
+    for line in said:
+        history.append({"role": "user", "content": line})
+        texts.append(llm.chat(history, max_tokens=tokens).text)
+        history.append({"role": "assistant", "content": texts[-1]})
+    return texts
+
+
+def test_a_conversation_is_kept(hasten, tiny):
+    result = hasten("chat", tiny, "--max-tokens", "6", stdin=b"The quick\nlazy dog\n")
+    assert result.out == "".join(text + "\n" for text in answers(tiny, "The quick", "lazy dog"))
+    assert (result.code, result.err) == (0, "")
+
+
+def test_json_prints_one_object_per_answer(hasten, tiny):
+    result = hasten("chat", tiny, "--max-tokens", "6", "--json", stdin=b"The quick\n\n  \nlazy dog")
+    objects = [json.loads(line) for line in result.out.splitlines()]
+    assert [entry["text"] for entry in objects] == answers(tiny, "The quick", "lazy dog")
+    assert all(entry["usage"]["completion_tokens"] == 6 for entry in objects)
+    assert objects[1]["usage"]["prompt_tokens"] > objects[0]["usage"]["prompt_tokens"]
+
+
+def test_reset_forgets_all_but_the_system_message(hasten, tiny):
+    arguments = ("chat", tiny, "--max-tokens", "6", "--json", "--system", "Be brief.")
+    result = hasten(*arguments, stdin=b"The quick\n/reset\nlazy dog\n")
+    fresh = answers(tiny, "lazy dog", system="Be brief.")[0]
+    assert json.loads(result.out.splitlines()[1])["text"] == fresh
+    kept = hasten(*arguments, stdin=b"The quick\nlazy dog\n")
+    assert (
+        json.loads(kept.out.splitlines()[1])["usage"]["prompt_tokens"]
+        > (json.loads(result.out.splitlines()[1])["usage"]["prompt_tokens"])
+    )
+
+
+def test_exit_leaves_and_help_explains(hasten, tiny):
+    result = hasten("chat", tiny, "--json", stdin=b"/help\n/resett\n/exit\nThe quick\n")
+    assert (result.code, result.out) == (0, "")
+    assert result.err.count("/reset forgets the conversation") == 2
+    assert "no such command: /resett" in result.err
+
+
+def test_stats_follow_every_answer(hasten, tiny):
+    result = hasten("chat", tiny, "--max-tokens", "4", "--stats", stdin=b"a\nb\n")
+    assert result.err.count("4 tokens, ") == 2
+
+
+def test_a_piped_conversation_that_outgrows_the_window_fails(hasten, tiny):
+    said = b"The quick\n" + b"fox " * 600
+    result = hasten("chat", tiny, "--max-tokens", "4", stdin=said)
+    assert result.code == 2
+    assert result.out == answers(tiny, "The quick", tokens=4)[0] + "\n"
+    assert "512" in result.err
+
+
+@pytest.mark.parametrize("option", [("--temperature", "-1"), ("--method", "nosuch")])
+def test_a_wrong_option_is_refused_before_loading(hasten, option):
+    result = hasten("chat", "no/such/model", *option)
+    assert result.code == 2
+    assert "model" not in result.err.splitlines()[0]
+
+
+def test_a_model_without_a_template_cannot_chat(hasten, bare):
+    result = hasten("chat", bare, stdin=b"hello\n")
+    assert (result.code != 0, result.out) == (True, "")
+    assert "template" in result.err
+
+
+class Terminal:
+    """`hasten` on a pseudo-terminal: what a person types and sees."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.master, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "hasten", *arguments],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            env={**os.environ, "TERM": "dumb", "COLUMNS": "200"},
+        )
+        os.close(slave)
+        self.seen = ""
+
+    def wait_for(self, text: str, count: int = 1, timeout_s: float = 60) -> str:
+        """Read until `text` was seen `count` times; the screen so far."""
+        end = time.monotonic() + timeout_s
+        while self.seen.count(text) < count:
+            assert time.monotonic() < end, f"no {text!r} x {count} in {self.seen[-2000:]!r}"
+            if select.select([self.master], [], [], 0.2)[0]:
+                try:
+                    self.seen += os.read(self.master, 65536).decode("utf-8", errors="replace")
+                except OSError:  # the other side closed
+                    assert self.seen.count(text) >= count, f"no {text!r} in {self.seen[-2000:]!r}"
+        return self.seen
+
+    def type(self, text: str) -> None:
+        """Send keys."""
+        os.write(self.master, text.encode())
+
+    def interrupt(self) -> None:
+        """What Ctrl-C does to the foreground process."""
+        self.process.send_signal(signal.SIGINT)
+
+    def close(self) -> None:
+        """End the process whatever it does."""
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+
+
+@pytest.fixture
+def terminal(endless):
+    opened = Terminal("chat", endless, "--max-tokens", "90000", "--stats")
+    yield opened
+    opened.close()
+
+
+def test_ctrl_c_stops_one_answer_and_ctrl_d_leaves(terminal):
+    terminal.wait_for("> ")
+    terminal.interrupt()  # at the prompt: the line is dropped, nothing else
+    terminal.wait_for("> ", 2)
+    for turn in (1, 2):
+        terminal.type("fox\n")
+        before = len(terminal.wait_for("fox\r\n", turn))
+        end = time.monotonic() + 30
+        while len(terminal.seen) < before + 20 and time.monotonic() < end:
+            if select.select([terminal.master], [], [], 0.2)[0]:
+                terminal.seen += os.read(terminal.master, 4096).decode("utf-8", errors="replace")
+        assert terminal.process.poll() is None
+        terminal.interrupt()
+        terminal.wait_for("[stopped]", turn)
+        terminal.wait_for("> ", turn + 2)
+    terminal.type("\x04")
+    assert terminal.process.wait(30) == 0
+
+
+def test_an_error_does_not_end_a_conversation_at_the_terminal(tiny):
+    opened = Terminal("chat", tiny, "--max-tokens", "5", "--stats")
+    try:
+        opened.wait_for("> ")
+        opened.type("fox " * 600 + "\n")
+        opened.wait_for("error: ")
+        opened.wait_for("hint: ")
+        opened.type("fox\n")
+        opened.wait_for("5 tokens, ")
+        opened.type("/exit\n")
+        assert opened.process.wait(30) == 0
+    finally:
+        opened.close()

@@ -1,0 +1,63 @@
+"""The pages made from the code are current, and commands and links in the docs lead somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+from source_tree import ROOT
+
+PAGES = sorted([*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md")])
+LINK = re.compile(r"\[[^\]]*\]\((?![a-z]+:|#)([^)#]+)(?:#[^)]*)?\)")
+
+
+def generator() -> ModuleType:
+    """docs/generate.py as a module."""
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_regenerated_pages_equal_the_committed_ones():
+    made = generator().pages()
+    assert {"cli.md", "limits.md", "prompt-lookup.md"} <= {path.name for path in made}
+    stale = [path.name for path, text in made.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    assert stale == [], "run `make docs`"
+
+
+def test_a_changed_card_makes_a_page_stale(monkeypatch):
+    import dataclasses
+
+    from hasten import registry
+
+    module, changed = generator(), dataclasses.replace(registry.card("prompt-lookup"), claim="Another | claim.")
+    before = module.pages()
+    monkeypatch.setattr(registry, "card", lambda slug: changed)
+    after = module.pages()
+    assert [path.name for path in before if before[path] != after[path]] == ["prompt-lookup.md"]
+    assert "## How it works" in after[module.DOCS / "methods" / "prompt-lookup.md"]
+
+
+def test_the_command_page_names_every_option_that_help_prints():
+    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    for name in ("run", "chat", "methods", "pull", "doctor"):
+        section = text.split(f"## hasten {name}")[1].split("\n## ")[0]
+        command = [sys.executable, "-m", "hasten", name, "--help"]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "150"})
+        options = set(re.findall(r"--[a-z][a-z-]+", printed.stdout)) - {"--help"}
+        assert options
+        assert {option for option in options if f"`{option}" not in section} == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_inside_the_repository_lead_somewhere(page):
+    targets = LINK.findall(page.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (page.parent / target).exists()] == []
