@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from hasten import registry
 from hasten.engine.limits import LIMITS
@@ -156,7 +156,7 @@ class LLM:
             return ids
         if isinstance(prompt, (bytes, Mapping)) or not isinstance(prompt, Sequence):
             raise out_of_range("prompt", prompt, "a string or a list of token ids")
-        return list(prompt)
+        return list(cast("Sequence[int]", prompt))
 
     def _chat_ids(self, messages: Sequence[Message]) -> list[int]:
         if self.tokenizer is None:
@@ -226,12 +226,19 @@ class LLM:
             raise ConfigError(f"model {self.name!r} has no tokenizer", field="tokenizer")
         return self.tokenizer.decode(list(ids), skip_special=skip_special)
 
+    def _text_ids(self, text: Prompt) -> list[int]:
+        if not isinstance(text, str):
+            return list(text)
+        if self.tokenizer is None:
+            raise ConfigError(f"model {self.name!r} has no tokenizer", hint="pass token ids", field="text")
+        return self.tokenizer.encode(text, bos=False)
+
     def score(self, prompt: Prompt, text: Prompt) -> Score:
         """Log-probabilities of `text` after `prompt` under the model's raw distribution (text tokenised on its own)."""
         from hasten.engine.scoring import score
 
         before = self._ids(prompt)
-        after = list(text) if not isinstance(text, str) else self.tokenizer.encode(text, bos=False)
+        after = self._text_ids(text)
         if not after:
             raise ConfigError("text is empty; text must hold at least one token", field="text")
         logprobs = score(self.model, self.engine.scheduler.pool, [*before, *after], len(before))
@@ -259,7 +266,10 @@ class LLM:
                     field="texts",
                 )
             row = RowInput(torch.tensor(ids), torch.arange(len(ids)), logits="none")
-            states = self.model.run([row], Needs(final_hidden=True)).final_hidden.float()
+            hidden = self.model.run([row], Needs(final_hidden=True)).final_hidden
+            if hidden is None:
+                raise IncompatibleError(f"model {self.name!r} shows no hidden states", field="model")
+            states = hidden.float()
             out.append(states[-1] if pooling == "last" else states.mean(0))
         if not out:
             raise ConfigError("texts is empty; texts must hold at least one text", field="texts")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -134,7 +135,7 @@ class _Turn:
         tokens = row.tokens[base : base + self.count]
         positions = torch.arange(base, base + self.count)
         if not len(self.draft):
-            want = "last" if self.ready else "none"
+            want: Literal["last", "none"] = "last" if self.ready else "none"
             return RowInput(torch.tensor(tokens), positions, row.cache, CAUSAL, want)
         root = self.count - 1
         chain = tuple(range(-1, root))

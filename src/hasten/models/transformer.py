@@ -193,7 +193,7 @@ class Transformer(nn.Module):
         self.norm = Norm(config.hidden, config.norm_eps, dtype)
         self.head = Linear(config.hidden, config.vocab_size, False, dtype)
         if config.tied:
-            self.head.weight = self.embed.weight
+            self.head.weight = cast(nn.Parameter, self.embed.weight)
         self.ropes = [RopeTable(rope, config.head_dim) for rope in config.ropes]
         self.capabilities = Capabilities(
             kind="causal",
@@ -242,7 +242,7 @@ class Transformer(nn.Module):
             shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
             raise FormatError(f"weights do not fit a {config.family} model: {shown}", field="weights")
         if config.tied:
-            model.head.weight = model.embed.weight
+            model.head.weight = cast(nn.Parameter, model.embed.weight)
         return model.eval()
 
     def pack(self) -> Transformer:
