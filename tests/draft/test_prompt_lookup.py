@@ -72,9 +72,9 @@ def test_text_is_that_of_plain_decoding_and_repetition_needs_fewer_passes(sampli
     requests = [Request(p, SamplingParams(max_tokens=40, **sampling)) for p in prompts]
     outputs = {}
     for name, parts in (("plain", PLAIN), ("lookup", Parts(drafter(Config()), method=("prompt-lookup",)))):
-        engine = tiny.engine(max_rows=batch)
-        outputs[name] = [choice for request in requests for choice in engine.generate([request], parts)]
-    assert [o.token_ids for o in outputs["lookup"]] == [o.token_ids for o in outputs["plain"]]
+        engine = tiny.engine(rows=batch)
+        outputs[name] = [choice for choices in engine.run([(r, parts) for r in requests]) for choice in choices]
+    assert [o.tokens for o in outputs["lookup"]] == [o.tokens for o in outputs["plain"]]
     forwards = {name: sum(o.usage.forwards for o in outs) for name, outs in outputs.items()}
     assert forwards["lookup"] <= forwards["plain"]
 
