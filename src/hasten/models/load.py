@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from hasten.errors import ConfigError, DownloadError, FormatError, MemoryFitError, out_of_range, unknown_name
+from hasten.errors import (
+    ConfigError,
+    DownloadError,
+    FormatError,
+    MemoryFitError,
+    UnsupportedError,
+    out_of_range,
+    unknown_name,
+)
 from hasten.models import catalog
 from hasten.models.checkpoint import Checkpoint, checkpoint_files
 from hasten.models.config import ModelConfig
@@ -20,6 +29,9 @@ from hasten.models.gguf import open_gguf
 from hasten.models.memory import available_bytes
 from hasten.models.tokenizer import Tokenizer, read_json
 from hasten.models.transformer import Transformer
+
+if TYPE_CHECKING:
+    from hasten.models.hf import AdaptedConfig, HFBackbone
 
 Progress = Callable[[str, int, int], None]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -30,9 +42,9 @@ _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 class Loaded:
     """A model in memory: the stack, its tokenizer (None for a bare weight file), where it came from, bytes of weights."""
 
-    model: Transformer
+    model: Transformer | HFBackbone
     tokenizer: Tokenizer | None
-    config: ModelConfig
+    config: ModelConfig | AdaptedConfig
     source: str
     dtype: torch.dtype
     bytes: int
@@ -92,12 +104,15 @@ def _hub(name: str) -> Path:
 
 def _fit(config: ModelConfig, dtype: torch.dtype, path: Path, force: bool) -> int:
     """Bytes of weights; raises MemoryFitError when they and the largest temporary exceed what is free."""
-    weights = config.parameters * dtype.itemsize
-    largest = 4 * config.vocab_size * config.hidden
+    return _fits(config.parameters, 4 * config.vocab_size * config.hidden, dtype, path, force)
+
+
+def _fits(parameters: int, largest: int, dtype: torch.dtype, path: Path, force: bool) -> int:
+    weights = parameters * dtype.itemsize
     free = available_bytes()
     if weights + largest > free and not force:
         raise MemoryFitError(
-            f"{path.name} needs {(weights + largest) / 1e9:.1f} GB ({config.parameters / 1e9:.2f} billion weights in "
+            f"{path.name} needs {(weights + largest) / 1e9:.1f} GB ({parameters / 1e9:.2f} billion weights in "
             f"{str(dtype).removeprefix('torch.')}); {free / 1e9:.1f} GB are free",
             hint="close something, use dtype bfloat16, or override with force=True (--force)",
             field="model",
@@ -131,7 +146,12 @@ def _directory(path: Path, dtype: str, force: bool, progress: Progress | None, f
     if not raw:
         raise FormatError("holds no config.json", path=str(path))
     generation = read_json(path / "generation_config.json")
-    config = config_from_hf(_with_ends(raw, generation))
+    try:
+        config = config_from_hf(_with_ends(raw, generation))
+    except UnsupportedError as error:
+        if error.field != "model_type" or not isinstance(raw.get("model_type"), str):
+            raise
+        return _adapted(path, raw, dtype, force, files)
     stored = Checkpoint(files or checkpoint_files(path))
     kind = _DTYPES.get(dtype) or (torch.float32 if stored.dtype == torch.float16 else stored.dtype)
     size = _fit(config, kind, path, force)
@@ -139,6 +159,19 @@ def _directory(path: Path, dtype: str, force: bool, progress: Progress | None, f
     model = Transformer.from_state(config, _counted(state, config, path.name, progress), kind)
     tokenizer = Tokenizer.from_dir(path) if (path / "tokenizer.json").is_file() else None
     return Loaded(model, tokenizer, config, str(path), kind, size)
+
+
+def _adapted(path: Path, raw: dict[str, Any], dtype: str, force: bool, files: list[Path] | None) -> Loaded:
+    """A family that only transformers knows, through the adapter; the weight files pass the same checks first."""
+    from hasten.models.hf import load_adapted
+
+    stored = Checkpoint(files or checkpoint_files(path))
+    kind = _DTYPES.get(dtype) or (torch.float32 if stored.dtype == torch.float16 else stored.dtype)
+    sizes = [math.prod(shape) for _, shape in stored.shapes.values()]
+    size = _fits(sum(sizes), 4 * max(sizes, default=0), kind, path, force)
+    model = load_adapted(path, raw, kind)
+    tokenizer = Tokenizer.from_dir(path) if (path / "tokenizer.json").is_file() else None
+    return Loaded(model, tokenizer, model.config, str(path), kind, size)
 
 
 def _with_ends(config: dict[str, Any], generation: dict[str, Any]) -> dict[str, Any]:
