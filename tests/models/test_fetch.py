@@ -6,7 +6,7 @@ import hashlib
 import os
 import zipfile
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 
 from hasten.errors import DownloadError

@@ -11,7 +11,7 @@ import torch
 
 import hasten
 from hasten.engine.contracts import Needs, RowInput
-from hasten.errors import MissingExtraError, UnsupportedError
+from hasten.errors import FormatError, MissingExtraError, UnsupportedError
 from hasten.models import hf
 from hasten.models.load import load
 
@@ -76,7 +76,7 @@ def test_a_family_of_ours_gives_the_same_logits_through_both_ways(tmp_path):
     for name in ("llama", "gemma2", "qwen3"):
         folder = tmp_path / name
         checkpoints.build(name).save_pretrained(folder)
-        adapted = hf.load_adapted(folder, json.loads((folder / "config.json").read_text()), torch.float32)
+        adapted = hf.load_adapted(folder, json.loads((folder / "config.json").read_text()), torch.float32, 10**9)
         ids = checkpoints.ids(1, 30)[0]
         rows = [RowInput(ids, torch.arange(30), logits="all")]
         assert (adapted.run(rows).logits - load(folder).model.run(rows).logits).abs().max() <= 1e-4
@@ -111,4 +111,12 @@ def test_a_model_that_is_not_causal_is_refused(tmp_path):
     config = transformers.T5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedError, match="t5"):
+        load(tmp_path)
+
+
+def test_a_config_larger_than_its_files_is_refused_before_anything_is_allocated(tmp_path):
+    checkpoints.build("olmo2").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": 65536}))
+    with pytest.raises(FormatError, match="parameters, the files hold"):
         load(tmp_path)

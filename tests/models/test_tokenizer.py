@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import transformers
 from hypothesis import given
@@ -12,7 +14,14 @@ from hasten.models.gguf import open_gguf
 from hasten.models.templates import ChatTemplate
 from hasten.models.tokenizer import Tokenizer
 
-TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=60)
+# SmolLM2's vocabulary has no token for six control characters and for the first byte of U+40000..U+BFFFF (unassigned):
+# any tokenizer with that vocabulary loses them.
+LOST = "\x04\x06\x13\x14\x16\x1d"
+LETTERS = st.one_of(
+    st.characters(max_codepoint=0x3FFFF, exclude_categories=("Cs",), exclude_characters=LOST),
+    st.characters(min_codepoint=0xC0000, exclude_categories=("Cs",)),
+)
+TEXT = st.text(LETTERS, max_size=60)
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 
 
@@ -92,7 +101,7 @@ def test_sentencepiece_merges_are_those_of_a_plain_search(prefix, text):
         return
     symbols = list(("\u2581" if prefix else "") + text.replace(" ", "\u2581"))
     while True:
-        pairs = [(scores[a + b], -i) for i, (a, b) in enumerate(zip(symbols, symbols[1:])) if a + b in scores]
+        pairs = [(scores[a + b], -i) for i, (a, b) in enumerate(itertools.pairwise(symbols)) if a + b in scores]
         if not pairs:
             break
         at = -max(pairs)[1]

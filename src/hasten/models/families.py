@@ -68,7 +68,7 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     kind = config.get("model_type")
     if isinstance(nested, Mapping) and kind in ("gemma3", "mistral3"):
         return config_from_hf({"model_type": f"{kind}_text", "eos_token_id": config.get("eos_token_id"), **nested})
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UnsupportedError(
             f"model_type {kind!r:.60} is not implemented here; known: {', '.join(FAMILIES)}",
             hint="load it through transformers: pip install 'hasten[hf]'",
@@ -85,7 +85,7 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     eps = {"qwen2": 1e-6, "qwen3": 1e-6}.get(kind, 1e-6)
     activation = config.get("hidden_activation" if gemma else "hidden_act") or config.get("hidden_act")
     activation = activation or ("gelu_pytorch_tanh" if gemma else "silu")
-    if activation not in _ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
         raise UnsupportedError(f"config: activation {activation!r:.40} is not supported", field="hidden_act")
     bias = f.flag("attention_bias", False)
     scale = f.number("query_pre_attn_scalar", 256) if gemma else head_dim

@@ -21,7 +21,7 @@ from torch import Tensor
 from hasten.engine.cache import CacheLayout, CachePool
 from hasten.engine.contracts import NO_NEEDS, Capabilities, Needs, Pass, RowInput
 from hasten.engine.masks import ALL_VISIBILITIES, at_layer, mask
-from hasten.errors import FormatError, MissingExtraError, UnsupportedError
+from hasten.errors import FormatError, HastenError, MissingExtraError, UnsupportedError
 
 _ATTENTION = "hasten"
 _KINDS = {"full_attention", "sliding_attention"}
@@ -29,14 +29,14 @@ _KINDS = {"full_attention", "sliding_attention"}
 
 @dataclass(slots=True)
 class _RowPass:
-    """The row that is being run: where its keys go, what it may see, and how often attention was asked."""
+    """The row that is being run: where its keys go, what it may see, and the shapes attention was asked with."""
 
     row: RowInput
     start: int
     visible: int
     windows: Sequence[int | None]
     masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)
-    calls: int = 0
+    shapes: list[tuple[int, int]] = field(default_factory=list)  # (kv heads, head dim) of each call
 
     def mask_at(self, layer: int, window: int | None) -> Tensor | None:
         """The mask [T, S] of `layer`."""
@@ -71,8 +71,10 @@ def _attention(
         raise UnsupportedError("this model's attention cannot be placed in the layer loop")
     if kwargs.get("s_aux") is not None or attention_mask is not None:
         raise UnsupportedError("this model adds sinks or biases of its own to attention scores")
-    now.calls += 1
     keys, values = key[0], value[0]
+    if keys.shape != values.shape:
+        raise UnsupportedError("this model's keys and values differ in shape")
+    now.shapes.append((keys.shape[0], keys.shape[2]))
     cache = now.row.cache
     if cache is not None:
         slab_k, slab_v = cache.layers[layer]
@@ -115,16 +117,12 @@ class HFBackbone:
 
     def __init__(self, model: Any) -> None:
         text = model.config.get_text_config()
-        heads = text.num_attention_heads
         layers = text.num_hidden_layers
         kinds = getattr(text, "layer_types", None)
         if kinds is not None and not set(kinds) <= _KINDS:
             raise UnsupportedError(f"model type {text.model_type!r} has layers other than full and sliding attention")
         self._model = model.eval()
         self.dtype = next(model.parameters()).dtype
-        kv_heads = getattr(text, "num_key_value_heads", None) or heads
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-        self._layout = CacheLayout(layers, kv_heads, head_dim, self.dtype)
         window = getattr(text, "sliding_window", None)
         self._windows = [window if kinds and kinds[i] == "sliding_attention" else None for i in range(layers)]
         self.config = AdaptedConfig(text.model_type, model.num_parameters(), text.vocab_size)
@@ -142,6 +140,7 @@ class HFBackbone:
             bos_id=text.bos_token_id if isinstance(text.bos_token_id, int) else None,
             eos_ids=tuple(dict.fromkeys(e for e in flat if 0 <= e < text.vocab_size)),
         )
+        self._layout = CacheLayout(layers, 0, 0, self.dtype)
         self._probe()
 
     def pack(self) -> HFBackbone:
@@ -190,7 +189,8 @@ class HFBackbone:
         if row.cache is not None:
             start = row.cache.length if row.start is None else row.start
             visible = row.cache.reserve(start, row.positions)
-        token = _NOW.set(_RowPass(row, start, visible, self._windows))
+        state = _RowPass(row, start, visible, self._windows)
+        token = _NOW.set(state)
         try:
             out = self._model(
                 input_ids=row.tokens[None],
@@ -199,9 +199,9 @@ class HFBackbone:
                 output_hidden_states=states,
                 logits_to_keep=torch.tensor(list(row.wanted()) or [row.queries - 1]),
             )
-            now = _NOW.get()
-            if now is None or now.calls != self.capabilities.layers:
+            if len(state.shapes) != self.capabilities.layers or len(set(state.shapes)) != 1:
                 raise UnsupportedError(f"model type {self.config.family!r} does not take its attention from outside")
+            self._shape = state.shapes[0]
             return out
         finally:
             _NOW.reset(token)
@@ -215,14 +215,17 @@ class HFBackbone:
             self._model.set_attn_implementation("eager")
             want = self._model(input_ids=ids[None], use_cache=False).logits[0].float()
             self._model.set_attn_implementation(_ATTENTION)
+            whole = self.run([RowInput(ids, torch.arange(n), logits="all")]).logits
+            self._layout = CacheLayout(self.capabilities.layers, *self._shape, self.dtype)
             cache = self.pool(self._layout.nbytes(64)).open(n)
             first = self.run([RowInput(ids[: n // 2], torch.arange(n // 2), cache, logits="all")]).logits
             cache.advance(n // 2)
             rest = self.run([RowInput(ids[n // 2 :], torch.arange(n // 2, n), cache, logits="all")]).logits
-            error = float((torch.cat((first, rest)) - want).abs().max() / want.abs().max().clamp(min=1.0))
+            scale = want.abs().max().clamp(min=1.0)
+            error = float(max((got - want).abs().max() / scale for got in (whole, torch.cat((first, rest)))))
         except UnsupportedError:
             raise
-        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as problem:
+        except Exception as problem:  # noqa: BLE001 - whatever a foreign model raises, the answer is the same
             line = (str(problem).splitlines() or [type(problem).__name__])[0]
             raise UnsupportedError(
                 f"model type {self.config.family!r} does not run through the transformers adapter: {line[:200]}",
@@ -236,8 +239,10 @@ class HFBackbone:
             )
 
 
-def load_adapted(path: Path, config: Mapping[str, Any], dtype: torch.dtype) -> HFBackbone:
+def load_adapted(path: Path, config: Mapping[str, Any], dtype: torch.dtype, stored: int) -> HFBackbone:
     """The model of a directory through the installed transformers, in `dtype`; the checkpoint's own code is ignored.
+
+    `stored` is the number of weights in its files.
 
     Raises MissingExtraError without transformers, UnsupportedError for a model type it lacks or that is no causal model,
     FormatError when config and weights do not fit.
@@ -257,9 +262,13 @@ def load_adapted(path: Path, config: Mapping[str, Any], dtype: torch.dtype) -> H
     known = {key: value for key, value in config.items() if key != "auto_map"}
     try:
         settings = CONFIG_MAPPING[kind].from_dict(known)
-        build = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(settings))
+        build: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(settings), None)
         if build is None:
             raise UnsupportedError(f"model_type {kind!r} is not a causal language model", field="model_type")
+        with torch.device("meta"):
+            described = build(settings).num_parameters()
+        if described > stored * 1.01 + 1000:  # before anything is allocated: fields left out have defaults of any size
+            raise FormatError(f"config.json describes {described:,} parameters, the files hold {stored:,}", path=str(path))
         transformers.AttentionInterface.register(_ATTENTION, _attention)
         model, info = build.from_pretrained(
             str(path),
@@ -270,7 +279,9 @@ def load_adapted(path: Path, config: Mapping[str, Any], dtype: torch.dtype) -> H
             local_files_only=True,
             output_loading_info=True,
         )
-    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, OSError) as problem:
+    except HastenError:
+        raise
+    except Exception as problem:  # noqa: BLE001 - transformers' own checks raise errors of many unrelated types
         line = (str(problem).splitlines() or [type(problem).__name__])[0]
         raise FormatError(f"transformers cannot load it: {line[:300]}", path=str(path)) from None
     if info.get("missing_keys"):

@@ -169,7 +169,7 @@ def _adapted(path: Path, raw: dict[str, Any], dtype: str, force: bool, files: li
     kind = _DTYPES.get(dtype) or (torch.float32 if stored.dtype == torch.float16 else stored.dtype)
     sizes = [math.prod(shape) for _, shape in stored.shapes.values()]
     size = _fits(sum(sizes), 4 * max(sizes, default=0), kind, path, force)
-    model = load_adapted(path, raw, kind)
+    model = load_adapted(path, raw, kind, sum(sizes))
     tokenizer = Tokenizer.from_dir(path) if (path / "tokenizer.json").is_file() else None
     return Loaded(model, tokenizer, model.config, str(path), kind, size)
 
