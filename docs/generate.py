@@ -1,12 +1,13 @@
 """Writes the pages that are made from the code: `make docs`. A test checks that the committed pages are current.
 
-cli.md and limits.md are written whole. In methods/<slug>.md the block between the two card marks is written; the rest
-of the page is the author's.
+cli.md, limits.md and works.md are written whole. In methods/<slug>.md the block between the two card marks, and in the
+README the table between the two bench marks, is written; the rest of the page is the author's.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -16,6 +17,8 @@ import typer
 DOCS = Path(__file__).parent
 NOTE = "<!-- Made by docs/generate.py; change the code and run `make docs`. -->"
 CARD = re.compile(r"<!-- card -->.*?<!-- /card -->", re.DOTALL)
+BENCH = re.compile(r"<!-- bench:plain -->.*?<!-- /bench:plain -->", re.DOTALL)
+ROOT = DOCS.parent
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -86,11 +89,75 @@ def card(slug: str) -> str:
     return "<!-- card -->\n" + "\n\n".join(lines) + "\n<!-- /card -->"
 
 
+def works() -> str:
+    """docs/works.md: the published works by folder, with what each claims and its state in this version."""
+    from hasten.registry import works
+
+    parts = [NOTE, "# The works"]
+    parts.append(
+        "54 papers, 55 methods (one paper holds two). *exact*: the text, or its distribution, is that of plain decoding; "
+        "*lossy*: faster or smaller at a measured price; *model*: a model, training recipe or measurement of its own. "
+        "`hasten methods WORDS` searches this list."
+    )
+    folders = dict.fromkeys(work.folder for work in sorted(works(), key=lambda work: work.folder))
+    for folder in folders:
+        rows = [
+            (
+                f"`{work.slug}`",
+                work.state,
+                work.exactness,
+                f"{work.claim}<br>[{work.title}](https://arxiv.org/abs/{work.paper}), {work.date}",
+            )
+            for work in works()
+            if work.folder == folder
+        ]
+        parts += [f"## {folder}", table(("method", "state", "exactness", "what it does, and the paper"), rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def bench() -> str:
+    """The README's table of measured figures, from bench/results/plain.json."""
+    result = json.loads((ROOT / "bench" / "results" / "plain.json").read_text(encoding="utf-8"))
+    about = result["machine"]
+
+    def cell(figures: dict[str, float], unit: str = "") -> str:
+        return f"{figures['median']:g}{unit} ({figures['min']:g}-{figures['max']:g})"
+
+    rows = []
+    for kind in ("float32", "bfloat16"):
+        one = result[kind]
+        inside = one["per_token"]
+        rows.append(
+            (
+                kind,
+                cell(one["hasten_tokens_per_s"]),
+                cell(one["transformers_sdpa_tokens_per_s"]),
+                cell(one["ratio_sdpa"], "x"),
+                cell(one["ratio_eager"], "x"),
+                f"{inside['hasten_outside_ms']:g} / {inside['transformers_outside_ms']:g} ms",
+                one["same_greedy_tokens"],
+            )
+        )
+    head = (
+        *("precision", "hasten, tokens/s", "transformers, tokens/s", "ratio", "ratio to its eager attention"),
+        *("outside linear layers, per token", "same greedy tokens"),
+    )
+    text = (
+        f"Plain decoding of smollm2-135m against transformers' `generate` on the same weights: batch 1, greedy, "
+        f"{result['tokens']} new tokens, medians of {result['rounds']} alternating rounds (range in brackets), "
+        f"{about['threads']} threads of {about['cpu']}, torch {about['torch']}, transformers {about['transformers']}, "
+        f"{about['date']}; `python bench/plain.py` repeats it ([result file](bench/results/plain.json))."
+    )
+    return f"<!-- bench:plain -->\n{text}\n\n{table(head, rows)}\n<!-- /bench:plain -->"
+
+
 def pages() -> dict[Path, str]:
     """Path -> text of every page, or part of a page, that is made from the code."""
     from hasten.registry import modules
 
-    made = {DOCS / "cli.md": cli(), DOCS / "limits.md": limits()}
+    made = {DOCS / "cli.md": cli(), DOCS / "limits.md": limits(), DOCS / "works.md": works()}
+    measured = bench()
+    made[ROOT / "README.md"] = BENCH.sub(lambda match: measured, (ROOT / "README.md").read_text(encoding="utf-8"))
     for slug, module in modules().items():
         if not module.startswith("hasten."):
             continue  # a third party's method has its page elsewhere

@@ -47,6 +47,8 @@ BROAD_EXCEPTS = frozenset(
         ("models/tokenizer.py", "from_dir"),
         ("models/tokenizer.py", "_bpe"),
         ("models/fetch.py", "from_hub"),
+        ("models/hf.py", "load_adapted"),
+        ("models/hf.py", "_probe"),
         ("cli/__init__.py", "main"),
     )
 )

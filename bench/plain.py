@@ -1,0 +1,234 @@
+"""Plain decoding of smollm2-135m against transformers' `generate`: same weights, same machine, alternating rounds.
+
+    python bench/plain.py                # both precisions, about four minutes; writes bench/results/plain.json
+    python bench/plain.py --rounds 3 --tokens 32 --out /tmp/plain.json
+
+Run it with nothing else running. transformers runs eagerly (no torch.compile) in both of its attention forms, "sdpa",
+its default, and "eager". Reported are medians over rounds with their range, ratios of one round's two times, the greedy
+tokens both sides agree on, and the part of a token's time that is spent outside linear layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+import transformers
+
+import hasten
+from hasten.models.linear import Linear
+
+HERE = Path(__file__).parent
+PROMPT = "Here is a short story about a lighthouse keeper who found a letter in a bottle."
+_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "embed_tokens": "token_embd",
+    "norm": "output_norm",
+}
+
+
+def peer(path: Path, dtype: torch.dtype) -> Any:
+    """The GGUF file as a transformers LlamaForCausalLM in `dtype`, dequantised by the gguf package."""
+    reader = gguf.GGUFReader(path)
+    stored = {t.name: t for t in reader.tensors}
+
+    def value(key: str) -> Any:
+        return reader.fields[f"llama.{key}"].contents()
+
+    config = transformers.LlamaConfig(
+        vocab_size=len(stored["token_embd.weight"].data),
+        hidden_size=value("embedding_length"),
+        intermediate_size=value("feed_forward_length"),
+        num_hidden_layers=value("block_count"),
+        num_attention_heads=value("attention.head_count"),
+        num_key_value_heads=value("attention.head_count_kv"),
+        max_position_embeddings=value("context_length"),
+        rms_norm_eps=value("attention.layer_norm_rms_epsilon"),
+        rope_parameters={"rope_type": "default", "rope_theta": value("rope.freq_base")},
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    state = {}
+    for name in model.state_dict():
+        if name == "lm_head.weight":
+            continue
+        parts = name.removeprefix("model.").removesuffix(".weight").split(".")
+        block = f"blk.{parts[1]}." if parts[0] == "layers" else ""
+        tensor = stored[block + _NAMES[".".join(parts[2:] if block else parts)] + ".weight"]
+        weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(parts[-1])
+        if heads:  # GGUF stores rotary pairs next to each other, transformers as two halves
+            rows, columns = weight.shape
+            weight = weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+        state[name] = torch.from_numpy(np.ascontiguousarray(weight))
+    model.load_state_dict(state, strict=False)
+    model.tie_weights()
+    return model.to(dtype)
+
+
+@contextmanager
+def linear_time(model: torch.nn.Module, kinds: tuple[type, ...]) -> Iterator[list[float]]:
+    """Collects the seconds spent inside the linear layers of `model`, as a list with one entry per call."""
+    spent: list[float] = []
+
+    def timed(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            out = forward(*args, **kwargs)
+            spent.append(time.perf_counter() - start)
+            return out
+
+        return run
+
+    layers = [module for module in model.modules() if isinstance(module, kinds)]
+    for layer in layers:
+        layer.forward = timed(layer.forward)  # type: ignore[method-assign]
+    try:
+        yield spent
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Wall seconds of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def spread(values: list[float], digits: int = 3) -> dict[str, float]:
+    """Median, least and greatest."""
+    pairs = (("median", statistics.median(values)), ("min", min(values)), ("max", max(values)))
+    return {name: round(value, digits) for name, value in pairs}
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on: processor, threads, versions, commit."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+        lines = {key.strip(): value.strip() for key, value in lines.items()}
+        cpu = lines.get("model name", cpu)
+        flags = set(lines.get("flags", "").split())
+        cpu += " (" + ", ".join(f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags) + ")"
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
+    versions = {"hasten": hasten.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **versions,
+        "commit": git.stdout.strip(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def compare(dtype: str, rounds: int, tokens: int, note: Callable[[str], None]) -> dict[str, Any]:
+    """All figures of one precision."""
+    llm = hasten.load("smollm2-135m", dtype=dtype, cache_bytes=400_000_000)
+    theirs = peer(Path(llm.source), getattr(torch, dtype))
+    prompt = llm.encode(PROMPT)
+    long = (llm.encode(PROMPT + "\n") * 40)[:512]
+
+    def ours(ids: list[int], new: int) -> list[int]:
+        return list(llm.generate(ids, max_tokens=new, ignore_eos=True, method="plain").tokens)
+
+    def other(ids: list[int], new: int) -> list[int]:
+        row = torch.tensor([ids])
+        out = theirs.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=new, do_sample=False, pad_token_id=0)
+        return out[0, len(ids) :].tolist()
+
+    def set_attention(kind: str) -> None:
+        theirs.set_attn_implementation(kind)
+
+    a, b = ours(prompt, tokens), other(prompt, tokens)
+    agree = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), tokens)
+    times: dict[str, list[float]] = {name: [] for name in ("hasten", "sdpa", "eager", "prefill", "prefill_sdpa")}
+    for i in range(rounds + 1):
+        runs: list[tuple[str, Callable[[], Any]]] = [("hasten", lambda: ours(prompt, tokens))]
+        runs += [(kind, lambda: other(prompt, tokens)) for kind in ("sdpa", "eager")]
+        runs += [("prefill", lambda: ours(long, 1)), ("prefill_sdpa", lambda: other(long, 1))]
+        for name, work in runs[:: 1 if i % 2 else -1]:
+            set_attention("eager" if name == "eager" else "sdpa")
+            took = seconds(work)
+            if i:  # the first round warms up
+                times[name].append(took)
+        note(f"{dtype}: round {i}/{rounds}")
+    inside: dict[str, float] = {}
+    set_attention("sdpa")
+    for name, model, kinds, work in (
+        ("hasten", llm.model, (Linear,), lambda: ours(prompt, tokens)),
+        ("transformers", theirs, (torch.nn.Linear,), lambda: other(prompt, tokens)),
+    ):
+        with linear_time(model, kinds) as spent:
+            total = seconds(work)
+        inside[f"{name}_linear_ms"] = round(sum(spent) / tokens * 1000, 2)
+        inside[f"{name}_outside_ms"] = round((total - sum(spent)) / tokens * 1000, 2)
+    return {
+        "hasten_tokens_per_s": spread([tokens / t for t in times["hasten"]], 1),
+        "transformers_sdpa_tokens_per_s": spread([tokens / t for t in times["sdpa"]], 1),
+        "transformers_eager_tokens_per_s": spread([tokens / t for t in times["eager"]], 1),
+        "ratio_sdpa": spread([t / h for h, t in zip(times["hasten"], times["sdpa"], strict=True)], 2),
+        "ratio_eager": spread([t / h for h, t in zip(times["hasten"], times["eager"], strict=True)], 2),
+        "prompt_tokens_per_s": spread([len(long) / t for t in times["prefill"]], 0),
+        "prompt_ratio_sdpa": spread(
+            [t / h for h, t in zip(times["prefill"], times["prefill_sdpa"], strict=True)], 2
+        ),
+        "per_token": inside,
+        "same_greedy_tokens": f"{agree} of {tokens}",
+    }
+
+
+def main() -> None:
+    """Run the comparison and write its result file."""
+    about = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    about.add_argument("--rounds", type=int, default=7, help="measured rounds, after one that warms up (default 7)")
+    about.add_argument("--tokens", type=int, default=64, help="new tokens per generation (default 64)")
+    about.add_argument("--threads", type=int, default=2, help="threads of both sides (default 2)")
+    about.add_argument("--out", type=Path, default=HERE / "results" / "plain.json", help="result file")
+    args = about.parse_args()
+    torch.set_num_threads(args.threads)
+    transformers.utils.logging.set_verbosity_error()
+    live = sys.stderr.isatty()
+
+    def note(text: str) -> None:
+        print("\r" + text if live else text, end="  " if live else "\n", file=sys.stderr, flush=True)
+
+    result = {
+        "about": "batch 1, greedy; new tokens per second over a generation, prompt included; ratios of alternating runs",
+        "tokens": args.tokens,
+        "rounds": args.rounds,
+        "machine": machine(),
+        **{kind: compare(kind, args.rounds, args.tokens, note) for kind in ("float32", "bfloat16")},
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
