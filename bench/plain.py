@@ -90,7 +90,10 @@ def peer(path: Path, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def linear_time(model: torch.nn.Module, kinds: tuple[type, ...]) -> Iterator[list[float]]:
-    """Collects the seconds spent inside the linear layers of `model`, as a list with one entry per call."""
+    """Collects the seconds spent inside the linear layers of `model`, as a list with one entry per call.
+
+    The class is patched, not the instances: hasten's layers are called without torch's call machinery.
+    """
     spent: list[float] = []
 
     def timed(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -102,14 +105,13 @@ def linear_time(model: torch.nn.Module, kinds: tuple[type, ...]) -> Iterator[lis
 
         return run
 
-    layers = [module for module in model.modules() if isinstance(module, kinds)]
-    for layer in layers:
-        layer.forward = timed(layer.forward)  # type: ignore[method-assign]
+    kind = next(type(module) for module in model.modules() if isinstance(module, kinds))
+    before = kind.__call__
+    kind.__call__ = timed(before)  # type: ignore[method-assign]
     try:
         yield spent
     finally:
-        for layer in layers:
-            del layer.forward
+        kind.__call__ = before  # type: ignore[method-assign]
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -195,9 +197,7 @@ def compare(dtype: str, rounds: int, tokens: int, note: Callable[[str], None]) -
         "ratio_sdpa": spread([t / h for h, t in zip(times["hasten"], times["sdpa"], strict=True)], 2),
         "ratio_eager": spread([t / h for h, t in zip(times["hasten"], times["eager"], strict=True)], 2),
         "prompt_tokens_per_s": spread([len(long) / t for t in times["prefill"]], 0),
-        "prompt_ratio_sdpa": spread(
-            [t / h for h, t in zip(times["prefill"], times["prefill_sdpa"], strict=True)], 2
-        ),
+        "prompt_ratio_sdpa": spread([t / h for h, t in zip(times["prefill"], times["prefill_sdpa"], strict=True)], 2),
         "per_token": inside,
         "same_greedy_tokens": f"{agree} of {tokens}",
     }

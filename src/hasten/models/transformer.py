@@ -7,6 +7,7 @@ blocks; only attention differs. This stack is the oracle for every other backbon
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -30,14 +31,24 @@ class Norm(nn.Module):
     def __init__(self, size: int, eps: float, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size, dtype=dtype))
-        self.eps = eps
+        self.size, self.eps = size, eps
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised x [..., size]."""
+        if x.numel() == self.size and not torch.is_grad_enabled():
+            # one vector: the scale is a number, and two operators replace the six of rms_norm
+            narrow = x.dtype != torch.float32
+            wide, weight = (x.float(), self.weight.float()) if narrow else (x, self.weight)
+            flat = wide.reshape(-1)
+            scale = 1.0 / math.sqrt(torch.dot(flat, flat).item() / self.size + self.eps)
+            out = torch.mul(wide, weight).mul_(scale)
+            return out.to(x.dtype) if narrow else out
         if x.dtype == self.weight.dtype == torch.float32:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         wide = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
         return wide.to(x.dtype)
+
+    __call__ = forward
 
 
 @dataclass(slots=True)
@@ -69,6 +80,7 @@ class Block(nn.Module):
         super().__init__()
         c = config
         self.index, self.config = index, config
+        self.silu = c.activation == "silu"
         self.window, self.rope = c.layers[index].window, c.layers[index].rope
         heads_dim, kv_dim = c.heads * c.head_dim, c.kv_heads * c.head_dim
         self.attn_norm = Norm(c.hidden, c.norm_eps, dtype)
@@ -126,29 +138,35 @@ class Block(nn.Module):
     def feed_forward(self, x: Tensor) -> Tensor:
         """The gated feed-forward part of normed x [..., hidden]."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        gate = F.silu(gate) if self.config.activation == "silu" else F.gelu(gate, approximate="tanh")
+        gate = F.silu(gate) if self.silu else F.gelu(gate, approximate="tanh")
         return cast(Tensor, self.down(gate * up))
 
     def ragged(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, plans: Sequence[_RowPlan]) -> Tensor:
         """Attention output [N, hidden] of normed x [N, hidden], each row over its own cache (which it fills)."""
         q, k, v = self.project(x, rotary)
-        mixed = []
-        for plan in plans:
-            row, span = plan.row, plan.span
-            if row.cache is None:
-                keys, values = k[span].transpose(0, 1), v[span].transpose(0, 1)
-                first = 0
-            else:
-                slab_k, slab_v = row.cache.layers[self.index]
-                end = plan.start + span.stop - span.start
-                slab_k[:, plan.start : end].copy_(k[span].transpose(0, 1))
-                slab_v[:, plan.start : end].copy_(v[span].transpose(0, 1))
-                # one new token under a window: older keys are cut off instead of masked
-                first = max(0, end - self.window) if self.window and plan.visible == end and end - plan.start == 1 else 0
-                keys, values = slab_k[:, first : plan.visible], slab_v[:, first : plan.visible]
-            allowed = None if first else plan.mask_at(self.index, self.window)
-            mixed.append(self.attend(q[span], keys, values, allowed))
-        return cast(Tensor, self.out(mixed[0] if len(mixed) == 1 else torch.cat(mixed)))
+        if len(plans) == 1:
+            return cast(Tensor, self.out(self._row(plans[0], q, k, v)))
+        mixed = [self._row(plan, q[plan.span], k[plan.span], v[plan.span]) for plan in plans]
+        return cast(Tensor, self.out(torch.cat(mixed)))
+
+    def _row(self, plan: _RowPlan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Mixed values [T, heads * D] of one row's q, k and v [T, heads, D]."""
+        cache = plan.row.cache
+        if cache is None:
+            return self.attend(q, k.transpose(0, 1), v.transpose(0, 1), plan.mask_at(self.index, self.window))
+        slab_k, slab_v = cache.layers[self.index]
+        start, end = plan.start, plan.start + len(q)
+        if end - start == 1:
+            slab_k[:, start] = k[0]
+            slab_v[:, start] = v[0]
+        else:
+            slab_k[:, start:end] = k.transpose(0, 1)
+            slab_v[:, start:end] = v.transpose(0, 1)
+        first = 0
+        if self.window and plan.visible == end and end - start == 1:
+            first = max(0, end - self.window)  # one new token under a window: older keys are cut off, not masked
+        allowed = None if first else plan.mask_at(self.index, self.window)
+        return self.attend(q, slab_k[:, first : plan.visible], slab_v[:, first : plan.visible], allowed)
 
     def finish(self, h: Tensor, mixed: Tensor) -> Tensor:
         """The residual stream after attention output `mixed` and the feed-forward part."""
@@ -250,6 +268,9 @@ class Transformer(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack()
+        for module in self.modules():  # found at once instead of through nn.Module.__getattr__, about 400 times a token
+            module.__dict__.update(module._modules)
+            module.__dict__.update(module._parameters)
         return self
 
     def pool(self, budget_bytes: int) -> CachePool:
