@@ -123,7 +123,7 @@ def bench() -> str:
     def cell(figures: dict[str, float], unit: str = "") -> str:
         return f"{figures['median']:g}{unit} ({figures['min']:g}-{figures['max']:g})"
 
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for kind in ("float32", "bfloat16"):
         one = result[kind]
         inside = one["per_token"]
@@ -134,13 +134,14 @@ def bench() -> str:
                 cell(one["transformers_sdpa_tokens_per_s"]),
                 cell(one["ratio_sdpa"], "x"),
                 cell(one["ratio_eager"], "x"),
+                cell(one["prompt_ratio_sdpa"], "x"),
                 f"{inside['hasten_outside_ms']:g} / {inside['transformers_outside_ms']:g} ms",
                 one["same_greedy_tokens"],
             )
         )
     head = (
         *("precision", "hasten, tokens/s", "transformers, tokens/s", "ratio", "ratio to its eager attention"),
-        *("outside linear layers, per token", "same greedy tokens"),
+        *("reading a prompt of 512", "outside linear layers, per token", "same greedy tokens"),
     )
     text = (
         f"Plain decoding of smollm2-135m against transformers' `generate` on the same weights: batch 1, greedy, "
