@@ -114,6 +114,50 @@ def linear_time(model: torch.nn.Module, kinds: tuple[type, ...]) -> Iterator[lis
         kind.__call__ = before  # type: ignore[method-assign]
 
 
+@torch.inference_mode()
+def floor(llm: Any, context: int = 64, repeats: int = 20) -> dict[str, float]:
+    """Milliseconds of one token at the least that single torch operators allow, with hasten's own weights.
+
+    "linear_alone": every linear layer, nothing between them. "fewest_operators": the whole computation written out for
+    one row without hooks, masks, cache bookkeeping, sampling or text. No engine over these operators can be faster.
+    """
+    c, model = llm.model.config, llm.model
+    groups, dim = (c.kv_heads, c.heads // c.kv_heads), c.head_dim
+    slabs = [torch.zeros(2, c.kv_heads, context + 1, dim, dtype=model.dtype) for _ in model.layers]
+    cos, sin = model.ropes[0].at(torch.tensor([context]), model.dtype)
+    start = torch.randn(1, c.hidden).to(model.dtype)
+
+    def fewest() -> None:
+        h = start
+        for block, slab in zip(model.layers, slabs, strict=True):
+            fused = block.qkv(block.attn_norm(h)).view(1, -1, dim)
+            qk = fused[:, : c.heads + c.kv_heads]
+            qk = torch.addcmul(qk * cos, qk.roll(dim // 2, -1), sin)
+            slab[0, :, context], slab[1, :, context] = qk[0, c.heads :], fused[0, c.heads + c.kv_heads :]
+            mixed = torch.nn.functional.scaled_dot_product_attention(
+                qk[:, : c.heads].view(1, *groups, dim), slab[:1], slab[1:], scale=c.attn_scale
+            )
+            h = h + block.out(mixed.view(1, -1))
+            gate, up = block.gate_up(block.ffn_norm(h)).chunk(2, -1)
+            h = h + block.down(torch.nn.functional.silu(gate).mul_(up))
+        model.head(model.norm(h)).argmax(-1).item()
+
+    xs = {n: torch.randn(1, n).to(model.dtype) for n in (c.hidden, c.heads * dim, c.ffn)}
+
+    def alone() -> None:
+        for block in model.layers:
+            block.qkv(xs[c.hidden]), block.out(xs[c.heads * dim]), block.gate_up(xs[c.hidden]), block.down(xs[c.ffn])
+        model.head(xs[c.hidden])
+
+    took: dict[str, list[float]] = {"linear_alone_ms": [], "fewest_operators_ms": []}
+    for i in range(repeats + 3):
+        for name, work in (("linear_alone_ms", alone), ("fewest_operators_ms", fewest)):
+            one = seconds(work)
+            if i >= 3:
+                took[name].append(one)
+    return {name: round(statistics.median(values) * 1000, 2) for name, values in took.items()}
+
+
 def seconds(work: Callable[[], Any]) -> float:
     """Wall seconds of one call."""
     start = time.perf_counter()
@@ -180,7 +224,7 @@ def compare(dtype: str, rounds: int, tokens: int, note: Callable[[str], None]) -
             if i:  # the first round warms up
                 times[name].append(took)
         note(f"{dtype}: round {i}/{rounds}")
-    inside: dict[str, float] = {}
+    inside: dict[str, float] = floor(llm)
     set_attention("sdpa")
     for name, model, kinds, work in (
         ("hasten", llm.model, (Linear,), lambda: ours(prompt, tokens)),
