@@ -73,7 +73,7 @@ def test_damaged_gguf(gguf_bytes, tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "damaged.gguf"
     path.unlink(missing_ok=True)
     path.write_bytes(damage(gguf_bytes, data))
-    outcome(path)
+    assert outcome(path)
 
 
 @pytest.mark.parametrize("keep", [0, 3, 4, 8, 23, 24, 60, 1000, -40, -4096])  # the last 8 bytes are padding
@@ -91,7 +91,7 @@ def test_damaged_safetensors(folder, tmp_path_factory, data):
     (path / "config.json").write_bytes((folder / "config.json").read_bytes())
     (path / "model.safetensors").unlink(missing_ok=True)
     (path / "model.safetensors").write_bytes(damage((folder / "model.safetensors").read_bytes(), data))
-    outcome(path)
+    assert outcome(path)
 
 
 @pytest.mark.parametrize("keep", [0, 7, 8, 100, -1])
@@ -121,7 +121,7 @@ def test_damaged_configs(folder, tmp_path_factory, data):
     if not (path / "model.safetensors").exists():
         (path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     (path / "config.json").write_bytes(damage((folder / "config.json").read_bytes(), data))
-    outcome(path)
+    assert outcome(path)
 
 
 @settings(max_examples=100)
@@ -161,4 +161,4 @@ def test_configs_of_every_family(folder, tmp_path_factory, model_type, changes):
         (path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     config = json.loads((folder / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "model_type": model_type, **changes}))
-    outcome(path)
+    assert outcome(path)
