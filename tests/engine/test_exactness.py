@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 
@@ -11,6 +12,7 @@ import torch
 from drafters import Oracle, RandomTree, Stub
 
 from hasten.draft.prompt_lookup import Config, PromptLookup
+from hasten.engine import ar
 from hasten.engine.contracts import MethodContext
 from hasten.engine.engine import PLAIN, Engine, Parts
 from hasten.types import Request, SamplingParams
@@ -135,15 +137,36 @@ def test_feedback_reports_what_the_target_saw() -> None:
     engine.run([(request, Parts(drafter, budget=4))])
     with torch.no_grad():
         dense, taps = engine.backbone(torch.tensor([full]), hidden=(1,))
+    prompt, *cycles = drafter.heard
+    assert (prompt.nodes, prompt.path) == ((), ())
+    assert (prompt.tokens, prompt.next) == (request.prompt[:-1], request.prompt[-1])
+    torch.testing.assert_close(prompt.hidden[1], taps[1][0, :3], atol=1e-4, rtol=0)
+    torch.testing.assert_close(prompt.logits, dense[0, :3], atol=1e-4, rtol=0)
+    assert prompt.topk.tolist() == dense[0, :3].topk(3).indices.tolist()
     at = len(request.prompt)  # index into `full` of the token that follows the current root
-    for heard in drafter.heard[:-1]:
+    for heard in cycles[:-1]:
         assert heard.nodes == tuple(range(len(heard.nodes)))
         assert heard.tokens[0] == full[at - 1]
         assert heard.next == full[at + len(heard.path)]
-        rows = len(heard.nodes)
-        extra = len(heard.hidden[1]) - rows  # prompt positions come first, once
-        torch.testing.assert_close(heard.hidden[1][extra], taps[1][0, at - 1], atol=1e-4, rtol=0)
+        assert len(heard.hidden[1]) == len(heard.nodes)
+        torch.testing.assert_close(heard.hidden[1][0], taps[1][0, at - 1], atol=1e-4, rtol=0)
         for j, node in enumerate(heard.path):
             torch.testing.assert_close(heard.logits[node + 1], dense[0, at + j], atol=1e-4, rtol=0)
             assert heard.topk[node + 1].tolist() == dense[0, at + j].topk(3).indices.tolist()
         at += len(heard.path) + 1
+
+
+def test_a_long_prompt_is_reported_chunk_by_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hasten.engine.ar.LIMITS", dataclasses.replace(ar.LIMITS, prefill_chunk=7))
+    engine = tiny.engine()
+    prompt = tuple(range(1, 21))
+    drafter = RandomTree(tiny.VOCAB)
+    request = Request(prompt, SamplingParams(max_tokens=4, ignore_eos=True))
+    other = Request((5,), SamplingParams(max_tokens=4, ignore_eos=True))
+    engine.run([(request, Parts(drafter, budget=3)), (other, PLAIN)])
+    read = [heard for heard in drafter.heard if not heard.nodes]
+    assert [len(heard.tokens) for heard in read] == [7, 7, 5]
+    assert sum((heard.tokens for heard in read), ()) == prompt[:-1]
+    with torch.no_grad():
+        dense = engine.backbone(torch.tensor([prompt]))[0]
+    torch.testing.assert_close(torch.cat([heard.logits for heard in read]), dense[:19], atol=1e-4, rtol=0)

@@ -130,18 +130,29 @@ class _Turn:
     ready: bool
     draft: Draft = EMPTY_DRAFT
 
+    @property
+    def heard(self) -> int:
+        """Prompt tokens before the root whose logits the drafter asked for."""
+        needs = NO_NEEDS if self.row.drafter is None else self.row.drafter.needs
+        return self.read if needs.prompt and (needs.topk or needs.logits) else 0
+
+    @property
+    def read(self) -> int:
+        """Prompt tokens that this pass reads, without the root."""
+        return self.count - 1 if self.ready else self.count
+
     def input(self) -> RowInput:
         row, base = self.row, self.row.cache.length
         tokens = row.tokens[base : base + self.count]
         positions = torch.arange(base, base + self.count)
         if not len(self.draft):
-            want: Literal["last", "none"] = "last" if self.ready else "none"
+            want: Literal["all", "last", "none"] = "all" if self.heard else "last" if self.ready else "none"
             return RowInput(torch.tensor(tokens), positions, row.cache, CAUSAL, want)
         root = self.count - 1
         chain = tuple(range(-1, root))
         parents = chain + tuple(root if p < 0 else root + 1 + p for p in self.draft.parents)
         below = base + root + torch.tensor(depths(self.draft.parents))
-        nodes = tuple(range(root, root + 1 + len(self.draft)))
+        nodes = tuple(range(0 if self.heard else root, root + 1 + len(self.draft)))
         return RowInput(
             torch.tensor(tokens + list(self.draft.tokens)),
             torch.cat((positions, below)),
@@ -175,18 +186,24 @@ class AutoregressiveLoop:
         greedy = done.logits.argmax(-1).tolist() if any(turn.row.sampler.plain for turn in turns) else []
         feedback: dict[int, tuple[Drafter, list[Feedback]]] = {}
         for index, turn in enumerate(turns):
-            first = done.logit_starts[index]
+            drafter, reports = turn.row.drafter, []
             turn.row.computed += turn.count + len(turn.draft)
-            if not turn.ready:
+            logits = done.row_logits(index)
+            first = done.logit_starts[index] + turn.heard
+            if drafter is not None and drafter.needs.prompt and turn.read:
+                reports.append(self._reading(turn, index, done, logits, drafter.needs))
+            if turn.ready:
+                logits, last = logits[turn.heard :], done.logit_starts[index] + len(logits)
+                judged = self._judge(turn, logits, lse[first:last], greedy[first:last])
+                if judged is None:
+                    continue
+                if drafter is not None:
+                    reports.append(self._feedback(turn, index, done, logits, *judged, drafter.needs))
+            else:
                 turn.row.cache.advance(turn.count)
                 self._prefilled(turn.row)
-                continue
-            logits = done.row_logits(index)
-            heard = self._judge(turn, logits, lse[first : first + len(logits)], greedy[first : first + len(logits)])
-            drafter = turn.row.drafter
-            if heard is not None and drafter is not None:
-                report = self._feedback(turn, index, done, logits, *heard, drafter.needs)
-                feedback.setdefault(id(drafter), (drafter, []))[1].append(report)
+            if drafter is not None and reports:
+                feedback.setdefault(id(drafter), (drafter, []))[1].extend(reports)
         for drafter, reports in feedback.values():
             drafter.observe(reports)
 
@@ -221,6 +238,9 @@ class AutoregressiveLoop:
         asked: dict[int, tuple[Drafter, list[_Turn]]] = {}
         for turn in turns:
             row = turn.row
+            if row.drafter is not None and not row.opened:
+                row.drafter.open(row.id, row.request.prompt)
+                row.opened = True
             if not turn.ready:
                 continue
             forced = row.sampler.forced() if row.sampler.rules else ()
@@ -228,9 +248,6 @@ class AutoregressiveLoop:
                 chain = forced[: max(0, row.remaining - 1)]
                 turn.draft = Draft(chain, tuple(range(-1, len(chain) - 1)))
             elif row.drafter is not None and row.remaining > 1:
-                if not row.opened:
-                    row.drafter.open(row.id, row.request.prompt)
-                    row.opened = True
                 asked.setdefault(id(row.drafter), (row.drafter, []))[1].append(turn)
         for drafter, waiting in asked.values():
             budgets = [self._budget(turn, drafter) for turn in waiting]
@@ -333,8 +350,6 @@ class AutoregressiveLoop:
         pick = list(nodes)
         first = done.spans[index][0] + turn.count - 1
         inside = [first + node for node in nodes]
-        if needs.prompt and turn.row.forwards == 0:
-            inside = list(range(done.spans[index][0], first)) + inside
         return Feedback(
             row=turn.row.id,
             nodes=nodes,
@@ -345,6 +360,24 @@ class AutoregressiveLoop:
             final=done.final_hidden[inside] if needs.final_hidden and done.final_hidden is not None else None,
             topk=logits[pick].topk(needs.topk).indices if needs.topk else None,
             logits=logits[pick] if needs.logits else None,
+        )
+
+    @staticmethod
+    def _reading(turn: _Turn, index: int, done: Pass, logits: Tensor, needs: Needs) -> Feedback:
+        """The report of the prompt tokens read in this pass, all but the root: it has no nodes."""
+        row, base = turn.row, turn.row.cache.length
+        first = done.spans[index][0]
+        span, heard = slice(first, first + turn.read), logits[: turn.heard]
+        return Feedback(
+            row=row.id,
+            nodes=(),
+            tokens=tuple(row.tokens[base : base + turn.read]),
+            path=(),
+            next=row.tokens[base + turn.read],
+            hidden={layer: done.hidden[layer][span] for layer in needs.hidden},
+            final=done.final_hidden[span] if needs.final_hidden and done.final_hidden is not None else None,
+            topk=heard.topk(needs.topk).indices if needs.topk else None,
+            logits=heard if needs.logits else None,
         )
 
     def _prefilled(self, row: Row) -> None:

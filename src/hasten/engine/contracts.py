@@ -75,7 +75,7 @@ class Needs:
 
     `hidden`: hidden states entering these layers (0-based; `layers` = after the last). `final_hidden`: after the final
     norm. `topk`: ids of the k best tokens at every verified node. `logits`: raw logits rows of every node. `embeds`:
-    fused input embeddings. `feedback`: report accepted nodes only, or all. `prompt`: also report prompt positions.
+    fused input embeddings. `feedback`: report accepted nodes only, or all. `prompt`: also report the prompt as it is read.
     `pseudo`: placeholder positions inserted per row for one pass, invisible to real rows.
     """
 
@@ -266,7 +266,9 @@ class Feedback:
     """What a drafter learns after verification of one row (after truncation at stop or limit).
 
     `nodes`: indices reported into [root, node 0, ...] (0 = root), `tokens`: their tokens, `path`: accepted nodes, `next`:
-    the token emitted after them (-1 when cut). Tensors, as asked in `Needs`, have one row per reported node.
+    the token emitted after them (-1 when cut). Tensors, as asked in `Needs`, have one row per reported node. A report
+    without nodes is a part of the prompt that was read: one row per entry of `tokens`, `next` follows the last of them.
+    A further choice (n > 1) copies its first one's reading, so only that one hears of the prompt.
     """
 
     row: int
@@ -308,7 +310,7 @@ class Drafter(Protocol):
         ...
 
     def open(self, row: int, prompt: Sequence[int]) -> None:
-        """A row joins; called once, after its prompt was read."""
+        """A row joins; called once, before any draft or report of it."""
         ...
 
     def propose(self, rows: Sequence[RowView], budgets: Sequence[int]) -> Sequence[Draft]:

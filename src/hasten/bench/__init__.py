@@ -1,0 +1,1 @@
+"""What is measured: prompt suites, and (with later issues) peers, reproductions and reports."""

@@ -1,0 +1,113 @@
+"""Prompt suites that need no download: six task groups for drafters, made from the standard library and by rules.
+
+The code and texts are those of the Python that runs this, so that figures compare within one Python version only.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+import textwrap
+from collections.abc import Callable
+from importlib import import_module
+from types import FunctionType
+
+CHAT = (
+    "What is the difference between a lake and a pond?",
+    "Give me three tips for sleeping better.",
+    "Write a short thank-you note to a colleague who helped with a move.",
+    "Why do leaves change colour in autumn?",
+    "Suggest a simple dinner with rice and eggs.",
+    "How does a bicycle stay upright?",
+    "Describe the sea to someone who has never seen it.",
+    "What should I pack for a weekend in the mountains?",
+    "Explain what a budget is to a ten-year-old.",
+    "Tell me a short story about a cat who lives in a library.",
+    "How can I learn to play the guitar by myself?",
+    "What makes a good photograph?",
+)
+_MODULES = ("textwrap", "shlex", "bisect", "heapq", "statistics", "fnmatch", "colorsys", "posixpath", "string", "calendar")
+
+
+def _functions() -> list[tuple[str, str]]:
+    """(module.name, source) of well-sized functions of the standard library, in a fixed order."""
+    found = []
+    for name in _MODULES:
+        module = import_module(name)
+        for key, value in sorted(vars(module).items()):
+            if isinstance(value, FunctionType) and value.__module__ == name and not key.startswith("_"):
+                try:
+                    source = textwrap.dedent(inspect.getsource(value))
+                except OSError:  # made at run time
+                    continue
+                if 350 <= len(source) <= 1200:
+                    found.append((f"{name}.{key}", source))
+    return found
+
+
+def _texts() -> list[tuple[str, str]]:
+    """(module, first paragraphs) of documentation strings of the standard library."""
+    names = ("bisect", "heapq", "shlex", "statistics", "fnmatch", "textwrap", "colorsys", "typing", "random", "enum",
+             "difflib", "graphlib", "zipfile", "sched", "fractions", "optparse", "tokenize", "traceback", "pickletools",
+             "doctest", "unittest", "logging", "csv", "gettext", "locale", "socketserver", "string", "ast")  # fmt: skip
+    found = []
+    for name in names:
+        text = inspect.getdoc(import_module(name)) or ""
+        if len(text) >= 250:
+            found.append((name, text[:900]))
+    return found
+
+
+def _chat(r: random.Random) -> list[str]:
+    return list(CHAT)
+
+
+def _code(r: random.Random) -> list[str]:
+    return [
+        f"Complete this Python function.\n\n```python\n{source[: len(source) * 2 // 5].rstrip()}\n```"
+        for _, source in _functions()
+    ]
+
+
+def _edit(r: random.Random) -> list[str]:
+    return [
+        f"Rewrite this function with its first argument renamed to `data`. Change nothing else.\n\n```python\n{source}```"
+        for _, source in _functions()
+    ]
+
+
+def _summary(r: random.Random) -> list[str]:
+    return [f"Summarise this text in two sentences.\n\n{text}" for _, text in _texts()]
+
+
+def _context(r: random.Random) -> list[str]:
+    return [
+        f"{text}\n\nAnswer from the text above, quoting it: what does the module `{name}` provide?" for name, text in _texts()
+    ]
+
+
+def _arithmetic(r: random.Random) -> list[str]:
+    out = []
+    for _ in range(12):
+        a, b, c = r.randint(12, 90), r.randint(3, 40), r.randint(2, 9)
+        out.append(
+            f"A shop has {a} boxes. {b} more arrive, and each box holds {c} bottles. How many bottles are there? "
+            "Show each step."
+        )
+    return out
+
+
+_GROUPS: dict[str, Callable[[random.Random], list[str]]] = {
+    "chat": _chat,
+    "code": _code,
+    "edit": _edit,
+    "summary": _summary,
+    "context": _context,
+    "arithmetic": _arithmetic,
+}
+
+
+def spec(per_group: int = 10, seed: int = 0) -> dict[str, list[str]]:
+    """Group -> `per_group` user messages (at most 10), drawn by `seed`: the six groups of `bench/drafters.py`."""
+    r = random.Random(seed)  # noqa: S311 - a choice of prompts, not a secret
+    return {name: r.sample(make(r), per_group) for name, make in _GROUPS.items()}
