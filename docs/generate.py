@@ -18,6 +18,7 @@ DOCS = Path(__file__).parent
 NOTE = "<!-- Made by docs/generate.py; change the code and run `make docs`. -->"
 CARD = re.compile(r"<!-- card -->.*?<!-- /card -->", re.DOTALL)
 BENCH = re.compile(r"<!-- bench:plain -->.*?<!-- /bench:plain -->", re.DOTALL)
+DRAFTERS = re.compile(r"<!-- bench:drafters -->.*?<!-- /bench:drafters -->", re.DOTALL)
 ROOT = DOCS.parent
 
 
@@ -152,6 +153,27 @@ def bench() -> str:
     return f"<!-- bench:plain -->\n{text}\n\n{table(head, rows)}\n<!-- /bench:plain -->"
 
 
+def drafters() -> str:
+    """The table of bench/results/drafters.json: tokens per pass and speed ratio by task group and method."""
+    result = json.loads((ROOT / "bench" / "results" / "drafters.json").read_text(encoding="utf-8"))
+    about = result["machine"]
+    rows = []
+    for kind in ("float32", "bfloat16"):
+        for group, methods in result[kind].items():
+            for name, one in methods.items():
+                ratio = one["speed_ratio"]
+                speed = f"{ratio['median']:g}x ({ratio['low']:g}-{ratio['high']:g})"
+                rows.append((kind, group, f"`{name}`", f"{one['tokens_per_pass']:g}", speed, one["same_text"]))
+    text = (
+        f"smollm2-135m, greedy, batch 1, {result['prompts_per_group']} prompts per group, {result['tokens']} new tokens, "
+        f"{about['threads']} threads of {about['cpu']}, {about['date']}. Speed is plain decoding's time divided by the "
+        "method's: median over prompts, quartiles in brackets. In bfloat16 a pass over several tokens rounds differently "
+        "from a pass over one, so texts may part at near-ties; in float32 they are the same."
+    )
+    head = ("precision", "task", "method", "tokens per pass", "speed", "same text as plain")
+    return f"<!-- bench:drafters -->\n{text}\n\n{table(head, rows)}\n<!-- /bench:drafters -->"
+
+
 def pages() -> dict[Path, str]:
     """Path -> text of every page, or part of a page, that is made from the code."""
     from hasten.registry import modules
@@ -166,6 +188,8 @@ def pages() -> dict[Path, str]:
         text = path.read_text(encoding="utf-8") if path.is_file() else f"# {slug}\n\n<!-- card --><!-- /card -->\n"
         block = card(slug)
         made[path] = CARD.sub(lambda match, block=block: block, text)
+    path, compared = DOCS / "methods" / "token-recycling.md", drafters()
+    made[path] = DRAFTERS.sub(lambda match: compared, made[path])
     return made
 
 

@@ -172,7 +172,7 @@ def trained():
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "top_p": 0.9, "seed": 4}], ids=["greedy", "sampled"])
 def test_repetitive_text_needs_fewer_passes_and_what_was_learnt_stays(trained, sampling):
     engine, text = trained
-    recycling = drafter(engine, learn_prompt=False)
+    recycling = drafter(engine, nodes=12, learn_prompt=False)
     loop = Request(tuple(text(20)), SamplingParams(max_tokens=200, ignore_eos=True, **sampling))
     plain = engine.run([(loop, PLAIN)])[0][0]
 
@@ -184,9 +184,9 @@ def test_repetitive_text_needs_fewer_passes_and_what_was_learnt_stays(trained, s
     cold, warm = passes(Parts(recycling)), passes(Parts(recycling))
     assert cold >= 1.5
     assert warm >= cold
-    assert passes(Parts(drafter(engine))) >= 1.5
+    assert passes(Parts(drafter(engine, nodes=12))) >= 1.5
     saved = recycling.state_dict()
-    again = drafter(engine, learn_prompt=False)
+    again = drafter(engine, nodes=12, learn_prompt=False)
     again.load_state_dict(saved)
     assert passes(Parts(again)) >= cold
     recycling.reset()

@@ -82,7 +82,8 @@ def _summary(r: random.Random) -> list[str]:
 
 def _context(r: random.Random) -> list[str]:
     return [
-        f"{text}\n\nAnswer from the text above, quoting it: what does the module `{name}` provide?" for name, text in _texts()
+        f"{text}\n\nAnswer from the text above, quoting it: what does the module `{name}` provide?"
+        for name, text in _texts()
     ]
 
 

@@ -80,7 +80,7 @@ def paths(tree: str) -> tuple[tuple[int, ...], ...]:
 class Config:
     """Settings of token recycling; the paper's are nodes 80, learn_prompt false, adapt false, fill zero."""
 
-    nodes: int = 12
+    nodes: int = 4
     k: int = 8
     tree: str = "2.2.2"
     learn_prompt: bool = True
