@@ -38,9 +38,10 @@ def test_a_changed_card_makes_a_page_stale(monkeypatch):
 
     from hasten import registry
 
-    module, changed = generator(), dataclasses.replace(registry.card("prompt-lookup"), claim="Another | claim.")
+    original = registry.card
+    module, changed = generator(), dataclasses.replace(original("prompt-lookup"), claim="Another | claim.")
     before = module.pages()
-    monkeypatch.setattr(registry, "card", lambda slug: changed)
+    monkeypatch.setattr(registry, "card", lambda slug: changed if slug == changed.slug else original(slug))
     after = module.pages()
     assert [path.name for path in before if before[path] != after[path]] == ["prompt-lookup.md"]
     assert "## How it works" in after[module.DOCS / "methods" / "prompt-lookup.md"]
