@@ -398,4 +398,5 @@ def _cut(draft: Draft, depth: int) -> Draft:
     place[-1] = -1
     q = {place[parent]: dist for parent, dist in draft.q.items() if parent in place} if draft.q else draft.q
     order = tuple(place[i] for i in draft.order if i in place) if draft.order is not None else None
-    return Draft(tuple(draft.tokens[i] for i in keep), tuple(place[draft.parents[i]] for i in keep), q, order)
+    scores = tuple(draft.scores[i] for i in keep) if draft.scores is not None else None
+    return Draft(tuple(draft.tokens[i] for i in keep), tuple(place[draft.parents[i]] for i in keep), q, order, scores)

@@ -238,13 +238,16 @@ class Draft:
     """Nodes proposed for one row: `tokens[i]` with `parents[i]` (-1 = root), parents before children.
 
     `q` maps an expanded parent (-1 = root) to the distribution float32 [vocab] its children were drawn from; None for
-    deterministic drafts. `order`: node indices in draw order when it is not the index order.
+    deterministic drafts. `order`: node indices in draw order when it is not the index order. `scores[i]` is the drafter's
+    estimate of the chance that node i is accepted given that its parent is, in [0, 1]; the engine corrects it by what it
+    measures and verifies only the nodes that pay. None: nothing is known but the node's place in the draft.
     """
 
     tokens: tuple[int, ...] = ()
     parents: tuple[int, ...] = ()
     q: Mapping[int, Tensor] | None = None
     order: tuple[int, ...] | None = None
+    scores: tuple[float, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)

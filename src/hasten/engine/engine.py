@@ -25,7 +25,7 @@ from hasten.types import Event, Output, Request
 class Parts:
     """The method parts of one request, already built: `method` names them in the output.
 
-    `law` None picks the exact one: greedy at temperature 0, else match. `budget` is the most draft nodes per step.
+    `law` None picks the exact one: greedy at temperature 0, else match, or rejection for drafts that are sampled. `budget` is the most draft nodes per step.
     """
 
     drafter: Drafter | None = None
@@ -101,8 +101,9 @@ class Engine:
             )
         if sampling.stop and self._decoder is None:
             raise ConfigError("stop strings need a tokenizer; this engine has none", hint="use stop_ids", field="stop")
-        law: Law = parts.law or ("greedy" if sampling.greedy else "match")
-        check_law(law, parts.drafter.draws if parts.drafter else "point")
+        draws = parts.drafter.draws if parts.drafter else "point"
+        law: Law = parts.law or ("greedy" if sampling.greedy else "match" if draws == "point" else "rejection")
+        check_law(law, draws)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         Sampler(sampling, seed, prompt, caps.vocab_size)  # refuses ids outside the vocabulary now, not when admitted
         slack = parts.budget if parts.drafter is not None else 0

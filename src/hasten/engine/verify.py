@@ -26,6 +26,8 @@ def check_draft(draft: Draft, budget: int, vocab_size: int) -> None:
     """Raise ConfigError unless the draft is well formed, within the row's budget and vocabulary."""
     if len(draft.tokens) != len(draft.parents):
         raise ConfigError(f"a draft has {len(draft.tokens)} tokens and {len(draft.parents)} parents", field="draft")
+    if draft.scores is not None and len(draft.scores) != len(draft.tokens):
+        raise ConfigError(f"a draft has {len(draft.tokens)} tokens and {len(draft.scores)} scores", field="draft")
     if len(draft) > budget:
         raise out_of_range("draft", f"{len(draft)} nodes", f"at most the row's budget of {budget} nodes")
     for i, (token, parent) in enumerate(zip(draft.tokens, draft.parents, strict=True)):
