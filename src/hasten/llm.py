@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, object]
+AUTO = ("prompt-lookup", "token-recycling")  # what "auto" drafts with: exact, untrained, any causal model
 _SAMPLING = tuple(f.name for f in fields(SamplingParams))
 
 
@@ -179,6 +180,7 @@ class LLM:
     def _build(self, names: tuple[str, ...]) -> Parts:
         from hasten.engine.contracts import MethodContext, check_needs
         from hasten.engine.engine import PLAIN, Parts
+        from hasten.engine.union import Union
 
         slugs = [registry.parse(name)[0] for name in names]
         if not slugs:
@@ -186,7 +188,9 @@ class LLM:
         if any(slug in ("auto", "plain") for slug in slugs):
             if len(slugs) > 1:
                 raise IncompatibleError(f"method {slugs[0]!r} cannot be combined with {slugs[1]!r}", field="method")
-            return PLAIN
+            if slugs[0] == "plain":
+                return PLAIN
+            names, slugs = AUTO, [registry.parse(name)[0] for name in AUTO]
         context = MethodContext(self.name, self.model, self.tokenizer)
         cards = [registry.card(slug) for slug in slugs]
         for i, one in enumerate(cards):
@@ -196,16 +200,20 @@ class LLM:
                     raise IncompatibleError(f"method {one.slug!r} cannot be combined with {other.slug!r}", field="method")
         drafters = [name for name, one in zip(names, cards, strict=True) if one.plugs_into == "draft"]
         rules = [name for name, one in zip(names, cards, strict=True) if one.plugs_into == "logits"]
-        if len(drafters) > 1:
-            raise IncompatibleError(f"drafters {drafters[0]!r} and {drafters[1]!r} cannot both draft", field="method")
         if len(drafters) + len(rules) < len(names):
             other = next(one for one in cards if one.plugs_into not in ("draft", "logits"))
             raise IncompatibleError(
                 f"method {other.slug!r} plugs into {other.plugs_into!r} and cannot be chosen per request",
                 field="method",
             )
-        drafter = registry.build(drafters[0], context) if drafters else None
-        return Parts(drafter, tuple(registry.build(name, context) for name in rules), method=tuple(slugs))
+        built = [registry.build(name, context) for name in drafters]
+        return Parts(
+            drafter=Union(built) if len(built) > 1 else built[0] if built else None,
+            rules=tuple(registry.build(name, context) for name in rules),
+            budget=LIMITS.draft_budget,
+            measured=True,
+            method=tuple(slugs),
+        )
 
     # --- everything else ---
 

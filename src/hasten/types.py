@@ -172,7 +172,8 @@ class Usage:
     """What a request cost: token counts, target forwards and computed query tokens, times in seconds.
 
     `forwards` counts target passes after the prompt was read; the pass that read the prompt yields the first token.
-    `computed_tokens` counts query tokens through the target, prompt and rejected drafts included.
+    `computed_tokens` counts query tokens through the target, prompt and rejected drafts included. `draft_s` is the part
+    of the time that went into drafting and into choosing how much of a draft to verify, shared among the rows of a pass.
     """
 
     prompt_tokens: int = 0
@@ -183,6 +184,7 @@ class Usage:
     accepted_tokens: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    draft_s: float = 0.0
 
     @property
     def tokens_per_forward(self) -> float:

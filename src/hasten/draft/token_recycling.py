@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -26,9 +26,9 @@ card = MethodCard(
     knobs={
         "nodes": "most nodes of a draft (1..80); the request's budget caps it further",
         "k": "runner-up tokens kept per token (1..32), at least the tree's widest rank + 1",
-        "tree": "2.2.2, the published tree of 80 nodes, or paths of ranks joined by '/', as in 0/1/0.0",
+        "tree": "best (the likeliest nodes), 2.2.2 (the published tree), or paths of ranks joined by '/', as in 0/1/0.0",
         "learn_prompt": "fill the table from the prompt too (true or false; the paper: false)",
-        "adapt": "choose the nodes by how often each rank was right so far (true), or in the tree's order (false)",
+        "adapt": "in a given tree, choose the nodes by how often each rank was right (true), or in its order (false)",
         "fill": "what an unknown entry drafts: skip (nothing) or zero (token 0, the published code)",
         "table": "shared by all requests of the model, or one per row",
     },
@@ -46,6 +46,7 @@ _PUBLISHED = (
 )
 _PRIOR = (0.5, 0.12, 0.06, 0.04, 0.03, 0.02, 0.015, 0.01)  # acceptance by rank before anything was seen
 _PRIOR_WEIGHT = 20.0
+_FAINT = 0.01  # nodes less likely than this are not drafted
 _REORDER = 32  # cycles between two choices of the nodes
 
 
@@ -78,12 +79,12 @@ def paths(tree: str) -> tuple[tuple[int, ...], ...]:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Settings of token recycling; the paper's are nodes 80, learn_prompt false, adapt false, fill zero."""
+    """Settings of token recycling; the paper's are nodes 80, tree 2.2.2, learn_prompt false, adapt false, fill zero."""
 
-    nodes: int = 4
+    nodes: int = 24
     k: int = 8
-    tree: str = "2.2.2"
-    learn_prompt: bool = True
+    tree: str = "best"
+    learn_prompt: bool = False
     adapt: bool = True
     fill: str = "skip"
     table: str = "shared"
@@ -91,7 +92,7 @@ class Config:
     def __post_init__(self) -> None:
         if not 1 <= self.nodes <= 80:
             raise out_of_range("token-recycling.nodes", self.nodes, "an integer in [1, 80]")
-        widest = 1 + max(max(path) for path in paths(self.tree))
+        widest = 1 if self.tree == "best" else 1 + max(max(path) for path in paths(self.tree))
         if not widest <= self.k <= 32:
             raise out_of_range("token-recycling.k", self.k, f"an integer in [{widest}, 32] for this tree")
         if self.fill not in ("skip", "zero"):
@@ -109,9 +110,10 @@ class _Drafted:
 
 
 class TokenRecycling:
-    """A table [V, k] of the best next tokens last seen after each token, and trees read off it.
+    """A table [V, k] of the best next tokens last seen after each token, their chances, and trees read off it.
 
-    Memory: V * k * 4 bytes, once per model or once per row. Ids of -1 are unknown.
+    Memory: V * k * 6 bytes, once per model or once per row. Ids of -1 are unknown. A chance is the softmax over the k
+    logits that were kept: a little too high, which is all the same for an order, and the engine corrects it.
     """
 
     name = "token-recycling"
@@ -124,10 +126,10 @@ class TokenRecycling:
         self.config, self.vocab, self.model = config, vocab, context.model
         self.needs = Needs(topk=config.k, feedback="all", prompt=config.learn_prompt)
         self.scope: Literal["row", "shared"] = "shared" if config.table == "shared" else "row"
-        self._paths = paths(config.tree)
+        self._paths = () if config.tree == "best" else paths(config.tree)
         self._empty = 0 if config.fill == "zero" else -1
-        self._tables: dict[int, Tensor] = {}
-        self._shared = torch.empty(0)
+        self._tables: dict[int, tuple[Tensor, Tensor]] = {}
+        self._shared = self._new_table()
         self._last: dict[int, _Drafted] = {}
         self.reset()
 
@@ -142,11 +144,11 @@ class TokenRecycling:
     @property
     def nbytes(self) -> int:
         """Bytes of all tables."""
-        return sum(table.numel() * table.element_size() for table in (self._shared, *self._tables.values()))
+        return sum(t.numel() * t.element_size() for pair in (self._shared, *self._tables.values()) for t in pair)
 
     def max_nodes(self, budget: int) -> int:
         """The configured number of nodes, or the budget if that is less."""
-        return min(self.config.nodes, len(self._paths), budget)
+        return min(self.config.nodes, len(self._paths) or budget, budget)
 
     def open(self, row: int, prompt: Sequence[int]) -> None:
         """Give the row its own table where rows do not share one."""
@@ -160,10 +162,38 @@ class TokenRecycling:
 
     def propose(self, rows: Sequence[RowView], budgets: Sequence[int]) -> Sequence[Draft]:
         """One tree per row: the most useful paths first, without what the table does not know."""
-        return [self._draft(row, self.max_nodes(budget)) for row, budget in zip(rows, budgets, strict=True)]
+        draft = self._given if self._paths else self._likeliest
+        return [draft(row, self.max_nodes(budget)) for row, budget in zip(rows, budgets, strict=True)]
 
-    def _draft(self, row: RowView, budget: int) -> Draft:
-        table = self._tables.get(row.id, self._shared)
+    def _likeliest(self, row: RowView, budget: int) -> Draft:
+        """The nodes with the highest product of remembered chances, best first."""
+        ids, chances = self._tables.get(row.id, self._shared)
+        tokens: list[int] = []
+        parents: list[int] = []
+        scores: list[float] = []
+        read: dict[int, list[tuple[float, int]]] = {}
+        heap: list[tuple[float, int, int, float]] = []  # (-chance of the path, parent, token, chance given the parent)
+
+        def expand(token: int, node: int, reach: float) -> None:
+            if token not in read:
+                entries = zip(chances[token].tolist(), ids[token].tolist(), strict=True)
+                read[token] = [(chance, child) for chance, child in entries if child >= 0]
+            for chance, child in read[token]:
+                if reach * chance >= _FAINT:
+                    heapq.heappush(heap, (-reach * chance, node, child, chance))
+
+        expand(row.tokens[-1], -1, 1.0)
+        while heap and len(tokens) < budget:
+            reach, parent, token, chance = heapq.heappop(heap)
+            tokens.append(token)
+            parents.append(parent)
+            scores.append(chance)
+            expand(token, len(tokens) - 1, -reach)
+        return Draft(tuple(tokens), tuple(parents), scores=tuple(scores)) if tokens else EMPTY_DRAFT
+
+    def _given(self, row: RowView, budget: int) -> Draft:
+        """The nodes of the configured tree, the most useful paths first."""
+        table, _ = self._tables.get(row.id, self._shared)
         tokens: list[int] = []
         parents: list[int] = []
         ranks: list[int] = []
@@ -186,24 +216,27 @@ class TokenRecycling:
             parents.append(parent)
             ranks.append(path[-1])
         self._last[row.id] = _Drafted(tuple(parents), ranks)
-        return Draft(tuple(tokens), tuple(parents)) if tokens else EMPTY_DRAFT
+        rates = self._rates()
+        scores = tuple(rates[rank] for rank in ranks)
+        return Draft(tuple(tokens), tuple(parents), scores=scores) if tokens else EMPTY_DRAFT
 
     def observe(self, feedback: Sequence[Feedback]) -> None:
         """Remember the ranking at every node: refused nodes first, so that the accepted path has the last word."""
         for report in sorted(feedback, key=lambda report: report.row):
-            if report.topk is None:
+            if report.topk is None or report.topk_logits is None:
                 continue
-            table = self._tables.get(report.row, self._shared)
-            best = report.topk.to(torch.int32)
+            table, chances = self._tables.get(report.row, self._shared)
+            best, sure = report.topk.to(torch.int32), report.topk_logits.softmax(-1).half()
             accepted = [0, *(node + 1 for node in report.path)] if report.nodes else range(len(report.tokens))
             refused = sorted(set(range(len(report.tokens))) - set(accepted))
             last: dict[int, int] = {}
             for i in (*refused, *accepted):
                 last[report.tokens[i]] = i
-            table[list(last)] = best[list(last.values())]
+            at, of = list(last), list(last.values())
+            table[at], chances[at] = best[of], sure[of]
             if report.nodes:
                 self._count(report)
-        if self.config.adapt and self._cycles >= _REORDER:
+        if self.config.adapt and self._paths and self._cycles >= _REORDER:
             self._cycles, self._order = 0, self._benefit_order()
 
     def _count(self, report: Feedback) -> None:
@@ -220,10 +253,9 @@ class TokenRecycling:
 
     def _benefit_order(self) -> tuple[tuple[int, ...], ...]:
         """The paths by estimated chance of acceptance, parents first; the tree's own order without `adapt`."""
-        if not self.config.adapt:
+        if not self.config.adapt or not self._paths:
             return self._paths
-        prior = torch.tensor([_PRIOR[min(rank, len(_PRIOR) - 1)] for rank in range(self.config.k)], dtype=torch.float64)
-        rates = ((self._hits + prior * _PRIOR_WEIGHT) / (self._tries + _PRIOR_WEIGHT)).tolist()
+        rates = self._rates()
         index = {path: i for i, path in enumerate(self._paths)}
         below: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
         for path in self._paths:
@@ -238,17 +270,25 @@ class TokenRecycling:
                 heapq.heappush(heap, (chance * rates[child[-1]], index[child], child))
         return tuple(order)
 
-    def _new_table(self) -> Tensor:
-        return torch.full((self.vocab, self.config.k), self._empty, dtype=torch.int32)
+    def _rates(self) -> list[float]:
+        """The chance of each rank given that its parent is accepted."""
+        prior = torch.tensor([_PRIOR[min(rank, len(_PRIOR) - 1)] for rank in range(self.config.k)], dtype=torch.float64)
+        return cast("list[float]", ((self._hits + prior * _PRIOR_WEIGHT) / (self._tries + _PRIOR_WEIGHT)).tolist())
+
+    def _new_table(self) -> tuple[Tensor, Tensor]:
+        """Unknown ids int32 [V, k], and their chances float16 [V, k]."""
+        shape = (self.vocab, self.config.k)
+        return torch.full(shape, self._empty, dtype=torch.int32), torch.full(shape, _FAINT, dtype=torch.float16)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The shared table int32 [V, k], the ranks' counts float64 [k], and the model's name as bytes."""
+        """The shared table int32 [V, k] and its chances, the ranks' counts float64 [k], and the model's name as bytes."""
         name = torch.tensor(list(self.model.encode()), dtype=torch.uint8)
-        return {"table": self._shared, "tries": self._tries, "hits": self._hits, "model": name}
+        table, chances = self._shared
+        return {"table": table, "chances": chances, "tries": self._tries, "hits": self._hits, "model": name}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state_dict` gave; raises ConfigError for another model, vocabulary or k, or ids outside it."""
-        missing = {"table", "tries", "hits", "model"} - set(state)
+        missing = {"table", "chances", "tries", "hits", "model"} - set(state)
         if missing:
             raise ConfigError(f"the saved table lacks {', '.join(sorted(missing))}", field="state")
         model = bytes(state["model"].tolist()).decode(errors="replace")
@@ -260,10 +300,17 @@ class TokenRecycling:
             raise out_of_range("state.table", f"shape {tuple(table.shape)}", f"[vocabulary, k] = {shape}")
         if table.dtype != torch.int32 or int(table.min()) < -1 or int(table.max()) >= self.vocab:
             raise out_of_range("state.table", table.dtype, f"int32 ids from -1 to {self.vocab - 1}")
+        chances = state["chances"]
+        if (
+            chances.dtype != torch.float16
+            or chances.shape != table.shape
+            or not bool(((chances >= 0) & (chances <= 1)).all())
+        ):
+            raise out_of_range("state.chances", chances.dtype, "float16 in [0, 1], one per id")
         for name in ("tries", "hits"):
             if tuple(state[name].shape) != (self.config.k,) or not bool((state[name] >= 0).all()):
                 raise out_of_range(f"state.{name}", f"shape {tuple(state[name].shape)}", f"[{self.config.k}] counts")
-        self._shared = table.clone()
+        self._shared = (table.clone(), chances.clone())
         self._tries, self._hits = state["tries"].double().clone(), state["hits"].double().clone()
         self._order = self._benefit_order()
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
+from hasten.engine.budget import Budget, select
 from hasten.engine.cache import RowCache
 from hasten.engine.contracts import (
     EMPTY_DRAFT,
@@ -28,7 +29,6 @@ from hasten.engine.contracts import (
     Pass,
     RowInput,
     RowView,
-    Verdict,
 )
 from hasten.engine.limits import LIMITS
 from hasten.engine.masks import CAUSAL, Tree
@@ -58,6 +58,7 @@ class Row:
     drafter: Drafter | None = None
     law: Law = "greedy"
     budget: int = 0
+    measured: bool = False
     lead: Row | None = None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -68,6 +69,7 @@ class Row:
     computed: int = 0
     drafted: int = 0
     accepted: int = 0
+    draft_s: float = 0.0
     first_s: float = 0.0
     opened: bool = False
 
@@ -107,6 +109,7 @@ class Row:
             accepted_tokens=self.accepted,
             prefill_s=(self.first_s or now_s) - self.started_s,
             decode_s=now_s - self.first_s if self.first_s else 0.0,
+            draft_s=self.draft_s,
         )
         return Output(
             text=self.text.text,
@@ -167,6 +170,7 @@ class AutoregressiveLoop:
 
     def __init__(self, backbone: Backbone, trace: Trace) -> None:
         self.backbone, self.trace = backbone, trace
+        self.budget = Budget()
 
     def step(self, rows: Sequence[Row]) -> None:
         """One pass over `rows`; finished rows have `reason` set afterwards. Events go to the trace.
@@ -176,25 +180,24 @@ class AutoregressiveLoop:
         turns = self._turns(rows)
         if not turns:
             return
+        started_s = self.trace.now()
         self._propose(turns)
+        drafted_s = self.trace.now()
         needs = NO_NEEDS
         for turn in turns:
             if turn.row.drafter is not None:
                 needs = needs.union(turn.row.drafter.needs)
         done = self.backbone.run([turn.input() for turn in turns], needs)
-        lse = done.logits.logsumexp(-1).tolist()
-        greedy = done.logits.argmax(-1).tolist() if any(turn.row.sampler.plain for turn in turns) else []
         feedback: dict[int, tuple[Drafter, list[Feedback]]] = {}
         for index, turn in enumerate(turns):
             drafter, reports = turn.row.drafter, []
             turn.row.computed += turn.count + len(turn.draft)
             logits = done.row_logits(index)
-            first = done.logit_starts[index] + turn.heard
             if drafter is not None and drafter.needs.prompt and turn.read:
                 reports.append(self._reading(turn, index, done, logits, drafter.needs))
             if turn.ready:
-                logits, last = logits[turn.heard :], done.logit_starts[index] + len(logits)
-                judged = self._judge(turn, logits, lse[first:last], greedy[first:last])
+                logits = logits[turn.heard :]
+                judged = self._judge(turn, logits)
                 if judged is None:
                     continue
                 if drafter is not None:
@@ -206,6 +209,11 @@ class AutoregressiveLoop:
                 feedback.setdefault(id(drafter), (drafter, []))[1].extend(reports)
         for drafter, reports in feedback.values():
             drafter.observe(reports)
+        ended_s = self.trace.now()
+        if all(turn.count == 1 for turn in turns):
+            self.budget.cost.record(len(turns), sum(1 + len(turn.draft) for turn in turns), ended_s - drafted_s)
+        for turn in turns:
+            turn.row.draft_s += (drafted_s - started_s) / len(turns)
 
     def _turns(self, rows: Sequence[Row]) -> list[_Turn]:
         """Who takes part in this pass, and with how many tokens: ready rows first, prompts share what is left."""
@@ -250,15 +258,43 @@ class AutoregressiveLoop:
             elif row.drafter is not None and row.remaining > 1:
                 asked.setdefault(id(row.drafter), (row.drafter, []))[1].append(turn)
         for drafter, waiting in asked.values():
-            budgets = [self._budget(turn, drafter) for turn in waiting]
-            drafts = drafter.propose([turn.row.view() for turn in waiting], budgets)
-            for turn, budget, draft in zip(waiting, budgets, drafts, strict=True):
-                check_draft(draft, budget, self.backbone.capabilities.vocab_size)
-                check_law(turn.row.law, drafter.draws, draft)
-                turn.draft = _cut(draft, turn.row.remaining - 1)
-                if len(turn.draft):
-                    turn.row.drafted += len(turn.draft)
-                    self._emit(turn.row, "draft", tokens=turn.draft.tokens, parents=turn.draft.parents)
+            self._ask(drafter, waiting, len(turns))
+        self._keep(turns, [turn for _, waiting in asked.values() for turn in waiting])
+        for turn in turns:
+            if len(turn.draft):
+                turn.row.drafted += len(turn.draft)
+                self._emit(turn.row, "draft", tokens=turn.draft.tokens, parents=turn.draft.parents)
+
+    def _ask(self, drafter: Drafter, waiting: Sequence[_Turn], rows: int) -> None:
+        """Drafts of one drafter for its rows, as many nodes as its measured record is worth."""
+        budgets = [self._budget(turn, drafter) for turn in waiting]
+        measured = any(turn.row.measured for turn in waiting)
+        if measured:
+            for turn in waiting:
+                self.budget.book(drafter).acceptance.judge(turn.row.id, turn.row.tokens)
+            budgets = self.budget.ask(drafter, budgets)
+            if not any(budgets):
+                return
+        started_s = self.trace.now()
+        drafts = drafter.propose([turn.row.view() for turn in waiting], budgets)
+        if measured:
+            self.budget.book(drafter).cost.record(rows, rows + sum(budgets), self.trace.now() - started_s)
+        for turn, budget, draft in zip(waiting, budgets, drafts, strict=True):
+            check_draft(draft, budget, self.backbone.capabilities.vocab_size)
+            check_law(turn.row.law, drafter.draws, draft)
+            turn.draft = _cut(draft, turn.row.remaining - 1)
+            if turn.row.measured and len(turn.draft):
+                self.budget.book(drafter).acceptance.watch(turn.row.id, len(turn.row.tokens), turn.draft)
+
+    def _keep(self, turns: Sequence[_Turn], asked: Sequence[_Turn]) -> None:
+        """Cut the drafts of measured rows, asked of their drafters, to the nodes that pay in this pass."""
+        measured = [turn for turn in asked if turn.row.measured and len(turn.draft)]
+        if not measured:
+            return
+        others = sum(turn.count - 1 + len(turn.draft) for turn in turns) - sum(len(turn.draft) for turn in measured)
+        drafts = [(turn.row.id, cast(Drafter, turn.row.drafter), turn.draft) for turn in measured]
+        for turn, draft in zip(measured, self.budget.keep(len(turns), others, drafts), strict=True):
+            turn.draft = draft
 
     @staticmethod
     def _budget(turn: _Turn, drafter: Drafter) -> int:
@@ -266,13 +302,13 @@ class AutoregressiveLoop:
         room = turn.row.cache.capacity - turn.row.cache.length - turn.count
         return max(0, min(drafter.max_nodes(turn.row.budget), turn.row.budget, room, LIMITS.draft_nodes))
 
-    def _judge(
-        self, turn: _Turn, logits: Tensor, lse: Sequence[float], greedy: Sequence[int]
-    ) -> tuple[tuple[int, ...], int] | None:
+    def _judge(self, turn: _Turn, logits: Tensor) -> tuple[tuple[int, ...], int] | None:
         """Verify, commit and compact one ready row; (accepted path, following token) for its drafter, None if failed."""
         row, base = turn.row, turn.row.cache.length
-        if not all(math.isfinite(value) for value in lse):
+        top = logits.max(-1)
+        if not all(math.isfinite(value) for value in top.values.tolist()):
             row.cache.advance(turn.count)
+            row.cache.scrub()
             row.reason, row.error = "error", "the model produced logits that are not finite"
             return None
         first_pass = row.first_s == 0.0
@@ -282,11 +318,10 @@ class AutoregressiveLoop:
             row.forwards += 1
         self._emit(row, "forward", total=turn.count + len(turn.draft))
         position = len(row.tokens)
-        if not len(turn.draft) and row.sampler.plain:
-            verdict = Verdict((), greedy[0])
-        else:
-            draws = row.drafter.draws if row.drafter is not None and turn.draft.q is not None else "point"
-            verdict = verify(row.law, logits, turn.draft, row.sampler, position, draws)
+        draws = row.drafter.draws if row.drafter is not None and turn.draft.q is not None else "point"
+        verdict = verify(row.law, logits, turn.draft, row.sampler, position, draws, top.indices.tolist())
+        chosen = [0, *(node + 1 for node in verdict.path)]
+        lse = dict(zip(chosen, logits[chosen].logsumexp(-1).tolist(), strict=True))
         if verdict.path:
             kept = tuple(turn.draft.tokens[node] for node in verdict.path)
             self._emit(row, "accept", tokens=kept)
@@ -350,6 +385,7 @@ class AutoregressiveLoop:
         pick = list(nodes)
         first = done.spans[index][0] + turn.count - 1
         inside = [first + node for node in nodes]
+        topk = logits[pick].topk(needs.topk) if needs.topk else None
         return Feedback(
             row=turn.row.id,
             nodes=nodes,
@@ -358,7 +394,8 @@ class AutoregressiveLoop:
             next=following,
             hidden={layer: done.hidden[layer][inside] for layer in needs.hidden},
             final=done.final_hidden[inside] if needs.final_hidden and done.final_hidden is not None else None,
-            topk=logits[pick].topk(needs.topk).indices if needs.topk else None,
+            topk=None if topk is None else topk.indices,
+            topk_logits=None if topk is None else topk.values,
             logits=logits[pick] if needs.logits else None,
         )
 
@@ -368,6 +405,7 @@ class AutoregressiveLoop:
         row, base = turn.row, turn.row.cache.length
         first = done.spans[index][0]
         span, heard = slice(first, first + turn.read), logits[: turn.heard]
+        topk = heard.topk(needs.topk) if needs.topk else None
         return Feedback(
             row=row.id,
             nodes=(),
@@ -376,7 +414,8 @@ class AutoregressiveLoop:
             next=row.tokens[base + turn.read],
             hidden={layer: done.hidden[layer][span] for layer in needs.hidden},
             final=done.final_hidden[span] if needs.final_hidden and done.final_hidden is not None else None,
-            topk=heard.topk(needs.topk).indices if needs.topk else None,
+            topk=None if topk is None else topk.indices,
+            topk_logits=None if topk is None else topk.values,
             logits=heard if needs.logits else None,
         )
 
@@ -390,13 +429,4 @@ class AutoregressiveLoop:
 
 def _cut(draft: Draft, depth: int) -> Draft:
     """The draft without nodes deeper than `depth`: they could not be committed any more."""
-    levels = depths(draft.parents)
-    if not levels or max(levels) <= depth:
-        return draft
-    keep = [i for i, level in enumerate(levels) if level <= depth]
-    place = {old: new for new, old in enumerate(keep)}
-    place[-1] = -1
-    q = {place[parent]: dist for parent, dist in draft.q.items() if parent in place} if draft.q else draft.q
-    order = tuple(place[i] for i in draft.order if i in place) if draft.order is not None else None
-    scores = tuple(draft.scores[i] for i in keep) if draft.scores is not None else None
-    return Draft(tuple(draft.tokens[i] for i in keep), tuple(place[draft.parents[i]] for i in keep), q, order, scores)
+    return select(draft, [i for i, level in enumerate(depths(draft.parents)) if level <= depth])

@@ -151,6 +151,10 @@ class RowCache:
         twin.copy_from(self)
         return twin
 
+    def scrub(self) -> None:
+        """Zero the slab: after a pass that was not finite, so that nothing of it can be read through a mask."""
+        self.slab.zero_()
+
     def nbytes(self) -> int:
         """Memory held by this row, in bytes."""
         return self.slab.nbytes + sum(layer.nbytes() for layer in self.others.values())
@@ -224,7 +228,7 @@ class CachePool:
                     hint="ask for fewer tokens, or give the cache more memory",
                     field="max_tokens",
                 )
-            slab = torch.empty(shape, dtype=self.layout.dtype)
+            slab = torch.zeros(shape, dtype=self.layout.dtype)  # masked slots are read, so they must be finite
         self.used_bytes += slab.nbytes
         return RowCache(self, slab)
 

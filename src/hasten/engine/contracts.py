@@ -74,9 +74,9 @@ class Needs:
     """What a part wants back from a target pass.
 
     `hidden`: hidden states entering these layers (0-based; `layers` = after the last). `final_hidden`: after the final
-    norm. `topk`: ids of the k best tokens at every verified node. `logits`: raw logits rows of every node. `embeds`:
-    fused input embeddings. `feedback`: report accepted nodes only, or all. `prompt`: also report the prompt as it is read.
-    `pseudo`: placeholder positions inserted per row for one pass, invisible to real rows.
+    norm. `topk`: ids and logits of the k best tokens at every verified node. `logits`: raw logits of every node.
+    `embeds`: fused input embeddings. `feedback`: report accepted nodes only, or all. `prompt`: also report the prompt
+    as it is read. `pseudo`: placeholder positions inserted per row for one pass, invisible to real rows.
     """
 
     hidden: tuple[int, ...] = ()
@@ -282,6 +282,7 @@ class Feedback:
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
     final: Tensor | None = None
     topk: Tensor | None = None
+    topk_logits: Tensor | None = None
     logits: Tensor | None = None
 
 
@@ -304,9 +305,13 @@ class Drafter(Protocol):
     """
 
     name: str
-    needs: Needs
     scope: Literal["row", "shared"]
     draws: Draws
+
+    @property
+    def needs(self) -> Needs:
+        """What it wants to hear of every pass; asked before each pass, so that it may change."""
+        ...
 
     def max_nodes(self, budget: int) -> int:
         """Nodes this drafter proposes at most when `budget` are affordable."""

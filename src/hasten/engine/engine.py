@@ -25,13 +25,16 @@ from hasten.types import Event, Output, Request
 class Parts:
     """The method parts of one request, already built: `method` names them in the output.
 
-    `law` None picks the exact one: greedy at temperature 0, else match, or rejection for drafts that are sampled. `budget` is the most draft nodes per step.
+    `law` None picks the exact one: greedy at temperature 0, else match, or rejection for drafts that are sampled.
+    `budget` is the most draft nodes per step; with `measured` only the nodes that pay on this machine are
+    verified, else all that the drafter proposes.
     """
 
     drafter: Drafter | None = None
     rules: tuple[LogitsRule, ...] = ()
     law: Law | None = None
     budget: int = 16
+    measured: bool = False
     method: tuple[str, ...] = ("plain",)
 
 
@@ -135,6 +138,7 @@ class Engine:
                         drafter=parts.drafter,
                         law=law,
                         budget=parts.budget,
+                        measured=parts.measured,
                         lead=rows[0] if rows else None,
                         tokens=list(prompt),
                     )
@@ -171,6 +175,7 @@ class Engine:
         self.scheduler.retire(row)
         if row.drafter is not None and row.opened:
             row.drafter.close(row.id)
+            self._loop.budget.book(row.drafter).acceptance.forget(row.id)
         if row.error:
             self.trace.emit("error", row.request_id, row.choice, row.added_s, text=row.error)
         output = row.output(self.trace.now())

@@ -69,28 +69,37 @@ def _children(draft: Draft) -> dict[int, list[int]]:
     return children
 
 
-def verify(law: Law, logits: Tensor, draft: Draft, sampler: Sampler, position: int, draws: Draws = "point") -> Verdict:
+def verify(
+    law: Law,
+    logits: Tensor,
+    draft: Draft,
+    sampler: Sampler,
+    position: int,
+    draws: Draws = "point",
+    best: Sequence[int] | None = None,
+) -> Verdict:
     """Judge `draft` by raw target `logits` [nodes + 1, vocab] (row 0 follows the root, row i + 1 follows node i).
 
     `position` is the absolute position of the root's successor; the random number of every position is the one plain
-    sampling uses there. Raises ConfigError when the law does not fit the draft.
+    sampling uses there. `best`: the arg-max of every row, where it is known already.
+    Raises ConfigError when the law does not fit the draft.
     """
+    if sampler.plain and best is None:
+        best = logits.argmax(-1).tolist()
     if not len(draft):
-        return Verdict((), sampler.choose(logits[0], (), position))
+        return Verdict((), best[0] if sampler.plain and best else sampler.choose(logits[0], (), position))
     if law == "typical" and not sampler.params.greedy:
         return _typical(logits, draft, sampler, position)
     if law == "rejection" and not sampler.params.greedy:
         check_law(law, draws, draft)
         return _rejection(logits, draft, sampler, position, draws)
-    if sampler.plain:
-        best = logits.argmax(-1).tolist()
     children = {(draft.parents[node], draft.tokens[node]): node for node in reversed(range(len(draft)))}
     path: list[int] = []
     tokens: list[int] = []
     at = -1
     while True:
         here = at + 1
-        token = best[here] if sampler.plain else sampler.choose(logits[here], tokens, position + len(path))
+        token = best[here] if sampler.plain and best else sampler.choose(logits[here], tokens, position + len(path))
         child = children.get((at, token))
         if child is None:
             return Verdict(tuple(path), token)

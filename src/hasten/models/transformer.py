@@ -34,42 +34,56 @@ class Norm(nn.Module):
         self.size, self.eps = size, eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised x [..., size]."""
-        if x.numel() == self.size and not torch.is_grad_enabled():
-            # one vector: the scale is a number, and two operators replace the six of rms_norm
-            narrow = x.dtype != torch.float32
-            wide, weight = (x.float(), self.weight.float()) if narrow else (x, self.weight)
-            flat = wide.reshape(-1)
-            scale = 1.0 / math.sqrt(torch.dot(flat, flat).item() / self.size + self.eps)
-            out = torch.mul(wide, weight).mul_(scale)
-            return out.to(x.dtype) if narrow else out
-        if x.dtype == self.weight.dtype == torch.float32:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        wide = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
-        return wide.to(x.dtype)
+        """Normalised x [..., size]; in inference a vector's result does not depend on how many others come with it."""
+        if torch.is_grad_enabled():
+            wide = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
+            return wide.to(x.dtype)
+        narrow = x.dtype != torch.float32
+        wide, weight = (x.float(), self.weight.float()) if narrow else (x, self.weight)
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        out = torch.mul(wide, weight)
+        if length.numel() == 1:  # one vector: the scale is a number, and costs no operator
+            out.mul_(1.0 / math.sqrt(length.item() ** 2 / self.size + self.eps))
+        else:  # the same steps in float64, so that both give the same bits
+            out.mul_(length.double().pow_(2).div_(self.size).add_(self.eps).sqrt_().reciprocal_().float())
+        return out.to(x.dtype) if narrow else out
 
     __call__ = forward
 
 
+_TILE = 64  # keys are read in whole tiles, masked where nothing is stored: sums then run in one order for any pass
+
+
 @dataclass(slots=True)
 class _RowPlan:
-    """What one row needs in every layer of a pass: its span in the flat batch, cache slots, and masks by kind."""
+    """What one row needs in every layer of a pass: its span in the flat batch, cache slots, and masks by kind.
+
+    `visible` slots hold keys, `read` are looked at: whole tiles of a cache, or all when there is none.
+    """
 
     row: RowInput
     start: int
     visible: int
+    read: int
     span: slice
     positions: Tensor
-    masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)
+    masks: dict[tuple[int, int | None, torch.dtype], Tensor | None] = field(default_factory=dict)
 
-    def mask_at(self, layer: int, window: int | None) -> Tensor | None:
-        """The mask [T, S] of this row in `layer`; one per distinct visibility and window, made once per pass."""
+    def mask_at(self, layer: int, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """The mask [T, read] of this row in `layer`, as bool or added to scores of `dtype`; made once per kind and pass."""
         visibility = at_layer(self.row.visibility, layer)
-        key = (id(visibility), window)
+        key = (id(visibility), window, dtype)
         if key not in self.masks:
             cache = self.row.cache
             keys = self.positions if cache is None else cache.positions[: self.visible]
-            self.masks[key] = mask(visibility, self.positions, keys, self.start, window)
+            allowed = mask(visibility, self.positions, keys, self.start, window)
+            spare = self.read - self.visible
+            if spare:
+                allowed = torch.ones(len(self.positions), self.visible, dtype=torch.bool) if allowed is None else allowed
+                allowed = F.pad(allowed, (0, spare))
+            if allowed is not None and dtype != torch.bool:
+                allowed = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, -torch.inf)
+            self.masks[key] = allowed
         return self.masks[key]
 
 
@@ -108,15 +122,16 @@ class Block(nn.Module):
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None) -> Tensor:
         """Attention of q [T, heads, D] over keys and values [kv_heads, S, D]; returns [T, heads * D].
 
-        `allowed` bool [T, S], None = all. A query that may see nothing gets zeros, never NaN.
+        `allowed` bool [T, S] or added to the scores, None = all. A query that may see nothing gets zeros, never NaN.
         """
         c = self.config
         t = q.shape[0]
         if c.attn_softcap is None:
-            if t == 1 and allowed is None:
+            if t == 1:
                 # the query heads of a group act as the queries of one head: no key is repeated
                 grouped = q.view(1, c.kv_heads, c.heads // c.kv_heads, c.head_dim)
-                mixed = F.scaled_dot_product_attention(grouped, keys[None], values[None], scale=c.attn_scale)
+                allowed = allowed if allowed is None else allowed.expand(grouped.shape[2], -1)
+                mixed = F.scaled_dot_product_attention(grouped, keys[None], values[None], allowed, scale=c.attn_scale)
                 return mixed.view(1, -1)
             mixed = F.scaled_dot_product_attention(
                 q.transpose(0, 1)[None],
@@ -152,8 +167,10 @@ class Block(nn.Module):
     def _row(self, plan: _RowPlan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Mixed values [T, heads * D] of one row's q, k and v [T, heads, D]."""
         cache = plan.row.cache
+        kind = q.dtype if self.config.attn_softcap is None else torch.bool
+        allowed = plan.mask_at(self.index, self.window, kind)
         if cache is None:
-            return self.attend(q, k.transpose(0, 1), v.transpose(0, 1), plan.mask_at(self.index, self.window))
+            return self.attend(q, k.transpose(0, 1), v.transpose(0, 1), allowed)
         slab_k, slab_v = cache.layers[self.index]
         start, end = plan.start, plan.start + len(q)
         if end - start == 1:
@@ -162,11 +179,11 @@ class Block(nn.Module):
         else:
             slab_k[:, start:end] = k.transpose(0, 1)
             slab_v[:, start:end] = v.transpose(0, 1)
-        first = 0
-        if self.window and plan.visible == end and end - start == 1:
-            first = max(0, end - self.window)  # one new token under a window: older keys are cut off, not masked
-        allowed = None if first else plan.mask_at(self.index, self.window)
-        return self.attend(q, slab_k[:, first : plan.visible], slab_v[:, first : plan.visible], allowed)
+        keys, values = slab_k[:, : plan.read], slab_v[:, : plan.read]
+        if self.window and plan.visible == end and end - start == 1 and end > self.window + _TILE and allowed is not None:
+            first = (end - self.window) // _TILE * _TILE  # tiles that lie wholly before the window are not read
+            keys, values, allowed = keys[:, first:], values[:, first:], allowed[:, first:]
+        return self.attend(q, keys, values, allowed)
 
     def finish(self, h: Tensor, mixed: Tensor) -> Tensor:
         """The residual stream after attention output `mixed` and the feed-forward part."""
@@ -327,12 +344,12 @@ class Transformer(nn.Module):
             t = row.queries
             if t == 0:
                 raise out_of_range("queries", 0, "at least 1 per row")
-            start = 0
-            visible = t
+            start, visible, read = 0, t, t
             if row.cache is not None:
                 start = row.cache.length if row.start is None else row.start
                 visible = row.cache.reserve(start, row.positions)
-            plans.append(_RowPlan(row, start, visible, slice(at, at + t), row.positions))
+                read = min(-(-visible // _TILE) * _TILE, row.cache.capacity)
+            plans.append(_RowPlan(row, start, visible, read, slice(at, at + t), row.positions))
             at += t
         if all(row.embeds is None for row in rows):
             return plans, self._embed(rows[0].tokens if len(rows) == 1 else torch.cat([row.tokens for row in rows]))
@@ -404,7 +421,7 @@ class Transformer(nn.Module):
                     raise UnsupportedError("before_layer changes a row's length and needs a row without a KV slab")
                 part, plan.positions, hooks.types, _ = hooks.before_layer(i, part, plan.positions, hooks.types)
                 plan.masks.clear()
-                plan.visible = len(part)
+                plan.visible = plan.read = len(part)
                 changed = True
             plan.span = slice(at, at + len(part))
             at += len(part)

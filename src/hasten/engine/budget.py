@@ -1,0 +1,304 @@
+"""How many draft nodes a pass should verify: measured pass times against measured acceptance (speculative spec, section 5).
+
+A pass over R rows and K nodes takes t(R + K) seconds and commits R tokens plus one for every accepted node. `PassCost`
+learns t from the passes themselves, `Acceptance` how often the nodes of one drafter are right, and `Budget` keeps the
+nodes that maximise tokens per second. Nothing here changes what is decoded, only how much of a draft is looked at; K = 0
+is always a choice, and the choice depends on past cycles and on the draft's own scores alone.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from hasten.engine.contracts import Draft, Drafter
+
+_WINDOW = 7  # passes of one size that are remembered; the fastest counts, since noise only ever adds time
+_STALE = 256  # passes after which an unused size is forgotten, so that one bad moment is not held against it for ever
+_SWEEP = 64
+_STEP = 0.01  # share of a plain pass that one more token is thought to cost before it was tried
+_BINS = 20  # bins of a drafter's scores
+_KEEP = 0.98  # weight of a bin's past against its next observation: about 50 observations count
+_ROW = 6.0  # observations by which one row's acceptance is drawn to that of all rows
+_PRIOR = 4.0  # observations that the drafter's own score is worth
+_CHEAP = 0.04  # share of a plain pass that drafting may take before it is weighed before it is done
+
+
+@dataclass(slots=True)
+class _Size:
+    """Recent times of one size of pass, and the pass it was last used in."""
+
+    times: deque[float]
+    used: int
+
+
+class PassCost:
+    """t(n): seconds of a pass over n query tokens of R rows, learnt from the passes that were run."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[int, dict[int, _Size]] = {}
+        self._passes = 0
+
+    def record(self, rows: int, tokens: int, seconds: float) -> None:
+        """A decoding pass of `rows` rows over `tokens` query tokens took this long."""
+        self._passes += 1
+        sizes = self._sizes.setdefault(rows, {})
+        size = sizes.get(tokens)
+        if size is None:  # the first pass of a size pays for what is set up once, and is not counted
+            sizes[tokens] = _Size(deque(maxlen=_WINDOW), self._passes)
+            return
+        size.times.append(seconds)
+        size.used = self._passes
+        if self._passes % _SWEEP == 0:
+            for old in [n for n, one in sizes.items() if n > rows and one.used + _STALE < self._passes]:
+                sizes[old].times.clear()
+
+    def __call__(self, rows: int, tokens: int) -> float:
+        """Estimated seconds; 0 when nothing is known of `rows` rows. Between measured sizes it is interpolated."""
+        known = self.table(rows)
+        if tokens in known or not known:
+            return known.get(tokens, 0.0)
+        below, above = (max((n for n in known if n < tokens), default=0), min((n for n in known if n > tokens), default=0))
+        if not above:
+            return known[below] + (tokens - below) * _STEP * known[min(known)]
+        if not below:
+            return known[above]
+        share = (tokens - below) / (above - below)
+        return (1 - share) * known[below] + share * known[above]
+
+    def table(self, rows: int = 1) -> dict[int, float]:
+        """Query tokens -> seconds, as measured for passes of `rows` rows."""
+        return {n: min(size.times) for n, size in self._sizes.get(rows, {}).items() if size.times}
+
+
+@dataclass(slots=True)
+class _Rate:
+    """A decayed success rate; `hits / tries` is it, and `tries` says how much it knows."""
+
+    tries: float = 0.0
+    hits: float = 0.0
+
+    def add(self, hit: bool) -> None:
+        self.tries = self.tries * _KEEP + 1.0
+        self.hits = self.hits * _KEEP + hit
+
+
+@dataclass(slots=True)
+class _Guess:
+    """A draft that the text has not caught up with: `tip` is the deepest node on it that came true, at `length` tokens."""
+
+    children: dict[int, list[tuple[int, int, int]]]
+    length: int
+    tip: int = -1
+
+
+@dataclass(slots=True)
+class _RowRates:
+    rates: dict[int, _Rate] = field(default_factory=dict)
+    guesses: list[_Guess] = field(default_factory=list)
+
+
+class Acceptance:
+    """How often one drafter's nodes are right, by score (or by place in the draft), overall and for each row.
+
+    A draft is judged by the text that followed it, so that nodes which were never verified count as well. Under the
+    greedy and match laws that is what verification would have said of them.
+    """
+
+    def __init__(self) -> None:
+        self._rates: dict[int, _Rate] = {}
+        self._rows: dict[int, _RowRates] = {}
+        self._places: list[_Rate] = []
+        self._parents: tuple[int, ...] = ()
+
+    def watch(self, row: int, length: int, draft: Draft) -> None:
+        """Remember a draft proposed when the row had `length` tokens, to be judged by what follows."""
+        children: dict[int, list[tuple[int, int, int]]] = {}
+        for i, (token, parent, key) in enumerate(zip(draft.tokens, draft.parents, _bins(draft), strict=True)):
+            children.setdefault(parent, []).append((token, i, key))
+        self._rows.setdefault(row, _RowRates()).guesses.append(_Guess(children, length))
+        self._parents = draft.parents
+        self._places += [_Rate() for _ in range(len(draft) - len(self._places))]
+
+    def judge(self, row: int, tokens: Sequence[int]) -> None:
+        """Count what the row's `tokens` say about the drafts that are still open."""
+        book = self._rows.get(row)
+        if book is None:
+            return
+        open_: list[_Guess] = []
+        for guess in book.guesses:
+            while guess.length < len(tokens) and guess.tip in guess.children:
+                following, tip = tokens[guess.length], None
+                for token, node, key in guess.children[guess.tip]:
+                    hit = token == following and tip is None  # a sibling that repeats a token is never accepted
+                    if hit:
+                        tip = node
+                    self._rates.setdefault(key, _Rate()).add(hit)
+                    book.rates.setdefault(key, _Rate()).add(hit)
+                    self._places[node].add(hit)
+                if tip is None:
+                    guess.children = {}
+                    break
+                guess.tip, guess.length = tip, guess.length + 1
+            if guess.tip in guess.children:
+                open_.append(guess)
+        book.guesses = open_
+
+    def forget(self, row: int) -> None:
+        """The row has left."""
+        self._rows.pop(row, None)
+
+    def chances(self, row: int, draft: Draft) -> list[float]:
+        """The estimated chance of every node given that its parent is accepted, in [0, 1]."""
+        book = self._rows.get(row)
+        own = {} if book is None else book.rates
+        out = []
+        for i, key in enumerate(_bins(draft)):
+            chance = 0.5 if draft.scores is None else draft.scores[i]
+            for rates, weight in ((self._rates, _PRIOR), (own, _ROW)):
+                rate = rates.get(key)
+                if rate is not None:
+                    chance = (rate.hits + weight * chance) / (rate.tries + weight)
+            out.append(chance)
+        return out
+
+    def expected(self, nodes: int) -> float:
+        """Tokens accepted on average of a draft's first `nodes` nodes, shaped like the last draft (a chain beyond it)."""
+        reach: list[float] = []
+        for place in range(nodes):
+            rate = self._places[place] if place < len(self._places) else _Rate()
+            parent = self._parents[place] if place < len(self._parents) else place - 1
+            chance = (rate.hits + _PRIOR * 0.7) / (rate.tries + _PRIOR)
+            reach.append(chance if parent < 0 else chance * reach[parent])
+        return sum(reach)
+
+
+def _bins(draft: Draft) -> list[int]:
+    """A bin per node: by score, or (negative) by place where a draft has no scores."""
+    if draft.scores is None:
+        return [-1 - i for i in range(len(draft))]
+    return [int(score * _BINS) for score in draft.scores]
+
+
+def paths(draft: Draft, chances: Sequence[float]) -> list[float]:
+    """The chance that each node is accepted, its ancestors included."""
+    out: list[float] = []
+    for chance, parent in zip(chances, draft.parents, strict=True):
+        out.append(chance if parent < 0 else chance * out[parent])
+    return out
+
+
+def select(draft: Draft, nodes: Sequence[int]) -> Draft:
+    """The draft with these nodes in this order (every node's parent among them, and before it)."""
+    if len(nodes) == len(draft) and list(nodes) == list(range(len(draft))):
+        return draft
+    place = {old: new for new, old in enumerate(nodes)}
+    place[-1] = -1
+    q = {place[parent]: dist for parent, dist in draft.q.items() if parent in place} if draft.q else draft.q
+    order = tuple(place[i] for i in draft.order if i in place) if draft.order is not None else None
+    scores = tuple(draft.scores[i] for i in nodes) if draft.scores is not None else None
+    parents = tuple(place[draft.parents[i]] for i in nodes)
+    return Draft(tuple(draft.tokens[i] for i in nodes), parents, q, order, scores)
+
+
+def deepest_first(draft: Draft, nodes: Sequence[int]) -> list[int]:
+    """`nodes` (likeliest first) in the order of a walk that follows the likeliest child before its siblings.
+
+    The likeliest path then lies in the slots its tokens would have in plain decoding, where sums over keys round alike.
+    """
+    below: dict[int, list[int]] = {}
+    for node in nodes:
+        below.setdefault(draft.parents[node], []).append(node)
+    out: list[int] = []
+    stack = [-1]
+    while stack:
+        node = stack.pop()
+        if node >= 0:
+            out.append(node)
+        stack += reversed(below.get(node, ()))
+    return out
+
+
+class _Book:
+    """What is known of one drafter: its acceptance, what drafting costs, and how long it has not been asked."""
+
+    def __init__(self, drafter: Drafter) -> None:
+        self.drafter = drafter  # kept, so that its id stays its own
+        self.acceptance = Acceptance()
+        self.cost = PassCost()
+        self.skipped, self.patience = 0, 8
+
+
+class Budget:
+    """Chooses how many nodes are asked of drafters and how many of them are verified."""
+
+    def __init__(self) -> None:
+        self.cost = PassCost()
+        self._books: dict[int, _Book] = {}
+
+    def book(self, drafter: Drafter) -> _Book:
+        """The record of `drafter`."""
+        return self._books.setdefault(id(drafter), _Book(drafter))
+
+    def ask(self, drafter: Drafter, caps: Sequence[int]) -> list[int]:
+        """Nodes to ask of `drafter` for each row, at most `caps`; all zeros: do not ask it this time.
+
+        A drafter that is cheap and proposes fixed tokens is always asked for all: its drafts are cut afterwards, by what
+        they say. One that costs something, or samples (whose draft must not be cut by its tokens), is weighed before.
+        """
+        book, rows, cap = self.book(drafter), len(caps), max(caps)
+        plain = self.cost(rows, rows)
+        drafting = book.cost(rows, rows + sum(caps))
+        if drafter.draws == "point" and drafting <= _CHEAP * plain:
+            return list(caps)
+        if not plain:
+            return [0] * rows
+        best, chosen = 1.0 / plain, 0
+        for nodes in (size for size in GRID if 0 < size <= cap):
+            asked = rows + sum(min(nodes, one) for one in caps)
+            rate = (1.0 + book.acceptance.expected(nodes)) / (self.cost(rows, asked) + book.cost(rows, asked))
+            if rate > best:
+                best, chosen = rate, nodes
+        if chosen:
+            book.skipped, book.patience = 0, 8
+        else:
+            book.skipped += 1
+            if book.skipped >= book.patience:  # times change: look again, ever more rarely
+                book.skipped, book.patience, chosen = 0, min(2 * book.patience, 128), min(2, cap)
+        return [min(chosen, one) for one in caps]
+
+    def keep(self, rows: int, fixed: int, drafts: Sequence[tuple[int, Drafter, Draft]]) -> list[Draft]:
+        """The part of each (row, drafter, draft) that pays, chosen over all rows of the pass at once.
+
+        `rows` take part in the pass, `fixed` tokens are in it besides one per row. Sampled drafts stay whole.
+        """
+        whole = sum(len(draft) for _, drafter, draft in drafts if drafter.draws != "point")
+        ranked: list[tuple[float, int, int]] = []
+        for i, (row, drafter, draft) in enumerate(drafts):
+            if drafter.draws == "point" and len(draft):
+                chances = self.book(drafter).acceptance.chances(row, draft)
+                ranked += [(-chance, i, node) for node, chance in enumerate(paths(draft, chances))]
+        if not ranked:
+            return [draft for _, _, draft in drafts]
+        ranked.sort()
+        base = rows + fixed + whole
+        best, kept, gain, seen = rows / (self.cost(rows, base) or 1e9), 0, float(rows), 0
+        for size in GRID[1:]:
+            if size > len(ranked):
+                break
+            gain -= sum(chance for chance, _, _ in ranked[seen:size])
+            seen = size
+            seconds = self.cost(rows, base + size)
+            if seconds and gain / seconds > best:
+                best, kept = gain / seconds, size
+        chosen: list[list[int]] = [[] for _ in drafts]
+        for _, i, node in ranked[:kept]:
+            chosen[i].append(node)
+        return [
+            select(draft, deepest_first(draft, chosen[i])) if drafter.draws == "point" else draft
+            for i, (_, drafter, draft) in enumerate(drafts)
+        ]
+
+
+GRID = (*range(9), *range(10, 17, 2), *range(20, 33, 4), *range(40, 257, 8))  # few sizes, so that each is soon known

@@ -1,0 +1,148 @@
+"""Several drafters as one: their drafts are merged into one tree, and share one node budget."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from hasten.engine.budget import Acceptance
+from hasten.engine.contracts import EMPTY_DRAFT, NO_NEEDS, Draft, Drafter, Draws, Feedback, Needs, RowView
+from hasten.errors import ConfigError
+
+
+class Union:
+    """Merges the drafts of `members` by equal token under equal parent (SpecInfer) and keeps the likeliest nodes.
+
+    Nodes of different drafters are compared by each one's measured acceptance, and a node that several propose counts as
+    the surest says. Members that sample are judged like the others (law match), so that merging changes no result.
+    Raises ConfigError for fewer than two members.
+    """
+
+    draws: Draws = "point"
+
+    def __init__(self, members: Sequence[Drafter]) -> None:
+        if len(members) < 2:
+            raise ConfigError(f"a union of {len(members)} drafters; name at least two", field="method")
+        self.members = tuple(members)
+        self.name = "+".join(member.name for member in members)
+        self.scope: Literal["row", "shared"] = "shared" if any(m.scope == "shared" for m in members) else "row"
+        self._acceptance = [Acceptance() for _ in members]
+
+    @property
+    def needs(self) -> Needs:
+        """The least that satisfies every member."""
+        needs = NO_NEEDS
+        for member in self.members:
+            needs = needs.union(member.needs)
+        return needs
+
+    def max_nodes(self, budget: int) -> int:
+        """What the members propose together, or the budget if that is less."""
+        return min(budget, sum(member.max_nodes(budget) for member in self.members))
+
+    def open(self, row: int, prompt: Sequence[int]) -> None:
+        """The row joins every member."""
+        for member in self.members:
+            member.open(row, prompt)
+
+    def close(self, row: int) -> None:
+        """The row leaves every member."""
+        for member, acceptance in zip(self.members, self._acceptance, strict=True):
+            member.close(row)
+            acceptance.forget(row)
+
+    def propose(self, rows: Sequence[RowView], budgets: Sequence[int]) -> Sequence[Draft]:
+        """One merged tree per row, likeliest nodes first, each with its measured chance as score."""
+        parts: list[list[tuple[Draft, list[float]]]] = [[] for _ in rows]
+        for member, acceptance in zip(self.members, self._acceptance, strict=True):
+            asked = [min(budget, member.max_nodes(budget)) for budget in budgets]
+            for part, row, draft in zip(parts, rows, member.propose(rows, asked), strict=True):
+                acceptance.judge(row.id, row.tokens)
+                if len(draft):
+                    part.append((draft, acceptance.chances(row.id, draft)))
+                    acceptance.watch(row.id, len(row.tokens), draft)
+        return [merge(part, budget) for part, budget in zip(parts, budgets, strict=True)]
+
+    def observe(self, feedback: Sequence[Feedback]) -> None:
+        """Every member hears what it asked for, and no more."""
+        for member in self.members:
+            reports = [_part(report, member.needs) for report in feedback if report.nodes or member.needs.prompt]
+            if reports:
+                member.observe(reports)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The members' states, each name preceded by its member's."""
+        return {f"{m.name}.{name}": value for m in self.members for name, value in m.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore every member's part; raises ConfigError as the members do."""
+        for member in self.members:
+            start = f"{member.name}."
+            part = {name[len(start) :]: value for name, value in state.items() if name.startswith(start)}
+            if part:
+                member.load_state_dict(part)
+
+
+def merge(drafts: Sequence[tuple[Draft, Sequence[float]]], budget: int) -> Draft:
+    """The `budget` likeliest nodes of all (draft, chances given the parent), merged by token, likeliest first."""
+    children: list[dict[int, int]] = [{}]  # node 0 is the root; token -> child
+    chance: list[float] = [1.0]
+    for draft, chances in drafts:
+        place = {-1: 0}
+        for i, (token, parent) in enumerate(zip(draft.tokens, draft.parents, strict=True)):
+            at = place[parent]
+            node = children[at].get(token)
+            if node is None:
+                node = children[at][token] = len(children)
+                children.append({})
+                chance.append(0.0)
+            chance[node] = max(chance[node], chances[i])
+            place[i] = node
+    if len(children) == 1 or budget < 1:
+        return EMPTY_DRAFT
+    heap = [(-chance[node], node, token, -1) for token, node in children[0].items()]
+    heapq.heapify(heap)
+    tokens: list[int] = []
+    parents: list[int] = []
+    scores: list[float] = []
+    while heap and len(tokens) < budget:
+        reach, node, token, parent = heapq.heappop(heap)
+        here = len(tokens)
+        tokens.append(token)
+        parents.append(parent)
+        scores.append(chance[node])
+        for following, child in children[node].items():
+            heapq.heappush(heap, (reach * chance[child], child, following, here))
+    return Draft(tuple(tokens), tuple(parents), scores=tuple(scores))
+
+
+def _part(report: Feedback, needs: Needs) -> Feedback:
+    """What a drafter with these needs hears of a report made for several."""
+    pick = list(range(len(report.tokens)))
+    if report.nodes and needs.feedback == "accepted":
+        on_path = {0, *(node + 1 for node in report.path)}
+        pick = [i for i, node in enumerate(report.nodes) if node in on_path]
+
+    def cut(value: Tensor | None, wanted: bool) -> Tensor | None:
+        return None if value is None or not wanted else value if len(pick) == len(value) else value[pick]
+
+    topk, values = cut(report.topk, needs.topk > 0), cut(report.topk_logits, needs.topk > 0)
+    return Feedback(
+        row=report.row,
+        nodes=tuple(report.nodes[i] for i in pick) if report.nodes else (),
+        tokens=tuple(report.tokens[i] for i in pick),
+        path=report.path,
+        next=report.next,
+        hidden={
+            layer: value if len(pick) == len(value) else value[pick]
+            for layer, value in report.hidden.items()
+            if layer in needs.hidden
+        },
+        final=cut(report.final, needs.final_hidden),
+        topk=None if topk is None else topk[:, : needs.topk],
+        topk_logits=None if values is None else values[:, : needs.topk],
+        logits=cut(report.logits, needs.logits),
+    )
