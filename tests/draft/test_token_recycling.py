@@ -53,7 +53,12 @@ def test_the_published_tree():
 @pytest.mark.parametrize("batch", [1, 4, 12])
 @pytest.mark.parametrize(
     "knobs",
-    [{}, {"nodes": 80, "learn_prompt": False, "adapt": False, "fill": "zero"}, {"table": "row"}, {"tree": "0/0.0/1"}],
+    [
+        {},
+        {"nodes": 80, "tree": "2.2.2", "adapt": False, "fill": "zero"},
+        {"table": "row", "learn_prompt": True},
+        {"tree": "0/0.0/1"},
+    ],
     ids=["default", "paper", "row", "small"],
 )
 def test_text_is_that_of_plain_decoding(sampling, batch, knobs):
@@ -71,52 +76,57 @@ def test_any_table_gives_the_same_text(seed):
     engine = tiny.engine()
     recycling = drafter(engine)
     torch.manual_seed(seed)
-    recycling._shared = torch.randint(-1, tiny.VOCAB, (tiny.VOCAB, 8), dtype=torch.int32)
+    ids = torch.randint(-1, tiny.VOCAB, (tiny.VOCAB, 8), dtype=torch.int32)
+    recycling._shared = (ids, torch.rand(tiny.VOCAB, 8).half())
     asked = requests(6)
     assert texts(engine, asked, Parts(recycling)) == texts(engine, asked, PLAIN)
 
 
 def test_the_table_holds_the_rankings_of_the_model():
     engine = tiny.engine()
-    recycling = drafter(engine)
+    recycling = drafter(engine, learn_prompt=True)
     request = Request((9, 3, 44, 17, 60), SamplingParams(max_tokens=20, ignore_eos=True))
     output = engine.run([(request, Parts(recycling))])[0][0]
     full = [*request.prompt, *output.tokens]
     with torch.no_grad():
         dense = engine.backbone(torch.tensor([full]))[0]
     tip = len(full) - 2  # the last token whose ranking the model gave
-    assert recycling._shared[full[tip]].tolist() == dense[tip].topk(8).indices.tolist()
-    assert recycling._shared[full[tip], 0] == full[tip + 1]
+    assert recycling._shared[0][full[tip]].tolist() == dense[tip].topk(8).indices.tolist()
+    assert recycling._shared[0][full[tip], 0] == full[tip + 1]
     alone = [t for t in request.prompt if t not in output.tokens]
     for token in alone:  # read with the prompt; nodes may have written over it in another context since
-        row = recycling._shared[token].tolist()
+        row = recycling._shared[0][token].tolist()
         assert len(set(row)) == 8
         assert min(row) >= 0
-    without = drafter(engine, learn_prompt=False, nodes=1)
+    without = drafter(engine, nodes=1)
     engine.run([(request, Parts(without))])
-    assert (without._shared[request.prompt[0]] == -1).all()
+    assert (without._shared[0][request.prompt[0]] == -1).all()
 
 
 def test_the_accepted_path_has_the_last_word():
     recycling = drafter()
     ranking = torch.arange(4)[:, None] * 10 + torch.arange(8)
-    recycling.observe([Feedback(1, (0, 1, 2, 3), (5, 7, 7, 7), path=(1,), next=3, topk=ranking)])
-    assert recycling._shared[7].tolist() == ranking[2].tolist()  # node 1 is entry 2
-    assert recycling._shared[5].tolist() == ranking[0].tolist()
-    later = [Feedback(row, (0,), (5,), (), 1, topk=torch.full((1, 8), row)) for row in (9, 2)]
+    recycling.observe(
+        [Feedback(1, (0, 1, 2, 3), (5, 7, 7, 7), path=(1,), next=3, topk=ranking, topk_logits=-ranking.float())]
+    )
+    assert recycling._shared[0][7].tolist() == ranking[2].tolist()  # node 1 is entry 2
+    assert recycling._shared[0][5].tolist() == ranking[0].tolist()
+    assert torch.allclose(recycling._shared[1][7].float(), (-torch.arange(8.0)).softmax(-1), atol=1e-3)
+    flat = torch.zeros(1, 8)
+    later = [Feedback(row, (0,), (5,), (), 1, topk=torch.full((1, 8), row), topk_logits=flat) for row in (9, 2)]
     recycling.observe(later)
-    assert (recycling._shared[5] == 9).all()  # rows in ascending order, whatever the order of the reports
+    assert (recycling._shared[0][5] == 9).all()  # rows in ascending order, whatever the order of the reports
 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), nodes=st.integers(1, 80), adapt=st.booleans(), fill=st.sampled_from(["skip", "zero"]))
 def test_a_draft_is_the_lookup_written_out(data, nodes, adapt, fill):
-    recycling = drafter(nodes=nodes, adapt=adapt, fill=fill)
+    recycling = drafter(nodes=nodes, tree="2.2.2", adapt=adapt, fill=fill)
     known = data.draw(st.sampled_from([0.0, 0.5, 1.0]))
     r = random.Random(data.draw(st.integers(0, 99)))
     for token in range(tiny.VOCAB):
         if r.random() < known:
-            recycling._shared[token] = torch.tensor(r.sample(range(tiny.VOCAB), 8))
+            recycling._shared[0][token] = torch.tensor(r.sample(range(tiny.VOCAB), 8))
     budget = data.draw(st.integers(0, 80))
     [draft] = recycling.propose([RowView(1, [4, 11], 99, 0.0, 0)], [budget])
     assert len(draft) <= min(nodes, budget)
@@ -124,7 +134,7 @@ def test_a_draft_is_the_lookup_written_out(data, nodes, adapt, fill):
     def walk(path):
         token = 11
         for rank in path:
-            token = int(recycling._shared[token, rank])
+            token = int(recycling._shared[0][token, rank])
             if token < 0:
                 return None
         return token
@@ -134,9 +144,37 @@ def test_a_draft_is_the_lookup_written_out(data, nodes, adapt, fill):
     assert len(draft) == min(nodes, budget, sum(token is not None for token in want))
 
 
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), budget=st.integers(0, 40), known=st.sampled_from([0.0, 0.3, 1.0]))
+def test_the_best_tree_holds_the_likeliest_paths(seed, budget, known):
+    recycling = drafter(nodes=30, k=3)
+    r = random.Random(seed)
+    ids, chances = recycling._shared
+    for token in range(tiny.VOCAB):
+        if r.random() < known:
+            ids[token] = torch.tensor(r.sample(range(tiny.VOCAB), 3))
+            chances[token] = torch.tensor([r.random() for _ in range(3)]).softmax(-1).half()
+    [draft] = recycling.propose([RowView(1, [4, 11], 99, 0.0, 0)], [budget])
+
+    def walk(token, chance, path):
+        """Every path worth drafting below `token`, written out."""
+        for child, share in zip(ids[token].tolist(), chances[token].tolist(), strict=True):
+            if child >= 0 and chance * share >= 0.01:
+                yield chance * share, (*path, child)
+                yield from walk(child, chance * share, (*path, child))
+
+    want = sorted((chance for chance, _ in walk(11, 1.0, ())), reverse=True)[: min(30, budget)]
+    drafted: list[tuple[float, tuple[int, ...]]] = []
+    for token, parent, score in zip(draft.tokens, draft.parents, draft.scores or (), strict=True):
+        above = (1.0, ()) if parent < 0 else drafted[parent]
+        drafted.append((above[0] * score, (*above[1], token)))
+    assert [chance for chance, _ in drafted] == pytest.approx(want)
+    assert {path for _, path in drafted} <= {path for _, path in walk(11, 1.0, ())}
+
+
 def test_a_chain_tree_is_a_chain_and_the_budget_caps_it():
     recycling = drafter(tree="0/0.0/0.0.0")
-    recycling._shared[:] = torch.arange(8, dtype=torch.int32)
+    recycling._shared[0][:] = torch.arange(8, dtype=torch.int32)
     [draft] = recycling.propose([RowView(1, [4], 99, 0.0, 0)], [80])
     assert draft.parents == (-1, 0, 1)
     [nothing] = recycling.propose([RowView(1, [4], 99, 0.0, 0)], [0])
@@ -197,17 +235,17 @@ def test_rows_with_their_own_table_do_not_meet():
     recycling = drafter(table="row")
     for row in (1, 2):
         recycling.open(row, [])
-    recycling.observe([Feedback(1, (0,), (5,), (), 6, topk=torch.arange(8)[None])])
+    recycling.observe([Feedback(1, (0,), (5,), (), 6, topk=torch.arange(8)[None], topk_logits=torch.zeros(1, 8))])
     mine, other = recycling.propose([RowView(1, [5], 9, 0.0, 0), RowView(2, [5], 9, 0.0, 0)], [4, 4])
     assert len(mine)
     assert not len(other)
-    assert recycling.nbytes == 3 * tiny.VOCAB * 8 * 4
+    assert recycling.nbytes == 3 * tiny.VOCAB * 8 * 6
     recycling.close(1)
-    assert recycling.nbytes == 2 * tiny.VOCAB * 8 * 4
+    assert recycling.nbytes == 2 * tiny.VOCAB * 8 * 6
 
 
 def test_ranks_that_are_right_move_forward():
-    recycling = drafter(nodes=8)
+    recycling = drafter(nodes=8, tree="2.2.2")
     first = recycling._order[:8]
     recycling._tries[:] = 1000
     recycling._hits[:] = 10
@@ -222,7 +260,7 @@ def test_ranks_that_are_right_move_forward():
 
 def test_a_draft_is_quick():
     recycling = TokenRecycling(Config(nodes=80), MethodContext("tiny", tiny.engine().backbone))
-    recycling._shared[:] = torch.arange(8, dtype=torch.int32)
+    recycling._shared[0][:] = torch.arange(8, dtype=torch.int32)
     row = RowView(1, [4], 99, 0.0, 0)
     start = time.perf_counter()
     for _ in range(50):
@@ -233,7 +271,7 @@ def test_a_draft_is_quick():
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"nodes": 0}, "token-recycling.nodes.*0"), ({"nodes": 81}, "nodes.*81"), ({"k": 7}, "k.*7"), ({"k": 33}, "k.*33"),
+        ({"nodes": 0}, "token-recycling.nodes.*0"), ({"nodes": 81}, "nodes.*81"), ({"k": 7, "tree": "2.2.2"}, "k.*7"), ({"k": 0}, "k.*0"), ({"k": 33}, "k.*33"),
         ({"tree": "0.0"}, "tree.*0.0.*parent"), ({"tree": "0/0"}, "tree.*once"), ({"tree": "0/-1"}, "tree.*-1"),
         ({"tree": "a"}, "tree.*a"), ({"tree": "0/9"}, "k.*8"), ({"fill": "x"}, "fill"), ({"table": "x"}, "table"),
     ],
@@ -244,8 +282,8 @@ def test_a_bad_setting_is_refused_by_name_and_value(knobs, message):
 
 
 def test_settings_as_text():
-    built = registry.build("token-recycling:nodes=5,tree=0/1/0.0,learn_prompt=false", MethodContext("m", tiny.model()))
-    assert built.config == Config(nodes=5, tree="0/1/0.0", learn_prompt=False)
+    built = registry.build("token-recycling:nodes=5,tree=0/1/0.0,learn_prompt=true", MethodContext("m", tiny.model()))
+    assert built.config == Config(nodes=5, tree="0/1/0.0", learn_prompt=True)
 
 
 def test_a_table_of_another_model_is_refused():
@@ -257,6 +295,7 @@ def test_a_table_of_another_model_is_refused():
         ({"table": state["table"][:-1]}, "vocabulary"),
         ({"table": state["table"] + 500}, "ids"),
         ({"hits": -state["hits"] - 1}, "hits"),
+        ({"chances": state["chances"] + 2}, "chances"),
     ):
         with pytest.raises(ConfigError, match=message):
             recycling.load_state_dict({**state, **change})

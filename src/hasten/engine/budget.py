@@ -17,6 +17,8 @@ from hasten.engine.contracts import Draft, Drafter
 _WINDOW = 7  # passes of one size that are remembered; the fastest counts, since noise only ever adds time
 _STALE = 256  # passes after which an unused size is forgotten, so that one bad moment is not held against it for ever
 _SWEEP = 64
+_FIRST = 0.8  # the first pass of a size pays for what is set up once: so much of it counts, until the second
+_GROWTH = 3  # a pass is at most so many times as large as any tried before
 _STEP = 0.01  # share of a plain pass that one more token is thought to cost before it was tried
 _BINS = 20  # bins of a drafter's scores
 _KEEP = 0.98  # weight of a bin's past against its next observation: about 50 observations count
@@ -31,13 +33,14 @@ class _Size:
 
     times: deque[float]
     used: int
+    fresh: bool = False
 
 
 class PassCost:
     """t(n): seconds of a pass over n query tokens of R rows, learnt from the passes that were run."""
 
     def __init__(self) -> None:
-        self._sizes: dict[int, dict[int, _Size]] = {}
+        self._sizes: dict[int, dict[int, _Size]] = {}  # rows -> tokens -> times
         self._passes = 0
 
     def record(self, rows: int, tokens: int, seconds: float) -> None:
@@ -45,11 +48,14 @@ class PassCost:
         self._passes += 1
         sizes = self._sizes.setdefault(rows, {})
         size = sizes.get(tokens)
-        if size is None:  # the first pass of a size pays for what is set up once, and is not counted
-            sizes[tokens] = _Size(deque(maxlen=_WINDOW), self._passes)
-            return
-        size.times.append(seconds)
-        size.used = self._passes
+        if size is None:
+            size = sizes[tokens] = _Size(deque(maxlen=_WINDOW), self._passes, fresh=True)
+            size.times.append(seconds * _FIRST)
+        else:
+            if size.fresh:
+                size.times.clear()
+            size.fresh, size.used = False, self._passes
+            size.times.append(seconds)
         if self._passes % _SWEEP == 0:
             for old in [n for n, one in sizes.items() if n > rows and one.used + _STALE < self._passes]:
                 sizes[old].times.clear()
@@ -284,8 +290,9 @@ class Budget:
         ranked.sort()
         base = rows + fixed + whole
         best, kept, gain, seen = rows / (self.cost(rows, base) or 1e9), 0, float(rows), 0
+        largest = _GROWTH * max(self.cost.table(rows), default=base)
         for size in GRID[1:]:
-            if size > len(ranked):
+            if size > len(ranked) or base + size > largest:
                 break
             gain -= sum(chance for chance, _, _ in ranked[seen:size])
             seen = size

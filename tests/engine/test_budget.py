@@ -1,0 +1,238 @@
+"""The measured budget: what passes cost and drafts are worth, against a written-out optimum and simulated machines."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import tiny
+from drafters import Oracle, RandomTree, Stub
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hasten.engine.budget import GRID, Acceptance, Budget, PassCost, deepest_first, paths, select
+from hasten.engine.contracts import Draft
+from hasten.engine.engine import PLAIN, Parts
+from hasten.types import Request, SamplingParams
+
+
+def taught(cost: Callable[[int], float], sizes: tuple[int, ...] = GRID, rows: int = 1) -> PassCost:
+    passes = PassCost()
+    for size in sizes:
+        for _ in range(2):
+            passes.record(rows, rows + size, cost(rows + size))
+    return passes
+
+
+def test_pass_cost_takes_the_fastest_recent_time_and_interpolates():
+    passes = PassCost()
+    assert passes(1, 1) == 0.0
+    passes.record(1, 1, 9.0)
+    assert passes(1, 1) == pytest.approx(7.2)  # the first one may be set-up
+    for seconds in (2.0, 1.0, 3.0):
+        passes.record(1, 1, seconds)
+    assert passes(1, 1) == 1.0
+    assert 1.0 < passes(1, 9) < 1.2  # not tried yet: thought cheap, so that it is tried
+    for seconds in (4.0, 5.0, 6.0):
+        passes.record(1, 9, seconds)
+    assert passes(1, 9) == 5.0
+    assert passes(1, 5) == pytest.approx(3.0)
+    assert passes(2, 2) == 0.0  # two rows are another kind of pass
+    for _ in range(20):
+        passes.record(1, 1, 2.0)
+    assert passes(1, 1) == 2.0  # old times go
+
+
+def test_a_size_that_looked_bad_once_is_tried_again_later():
+    passes = PassCost()
+    for seconds in (1.0, 1.0):
+        passes.record(1, 1, seconds)
+        passes.record(1, 5, 100.0)
+    assert passes(1, 5) == 100.0
+    for _ in range(400):
+        passes.record(1, 1, 1.0)
+    assert passes(1, 5) < 2.0
+
+
+@st.composite
+def trees(draw, most: int = 12) -> Draft:
+    n = draw(st.integers(1, most))
+    parents = tuple(draw(st.integers(-1, i - 1)) for i in range(n))
+    scores = tuple(draw(st.floats(0, 1)) for _ in range(n))
+    return Draft(tuple(range(n)), parents, scores=scores)
+
+
+@settings(max_examples=80, deadline=None)
+@given(draft=trees(), steep=st.floats(0.0, 0.5))
+def test_the_kept_nodes_maximise_tokens_per_second(draft, steep):
+    """Against every subset size in order of the chance of a path; ties aside nothing else can be better."""
+    budget = Budget()
+    budget.cost = taught(lambda n: 1.0 + steep * (n - 1))
+    drafter = Stub()
+    [kept] = budget.keep(1, 0, [(7, drafter, draft)])
+    chances = sorted(paths(draft, budget.book(drafter).acceptance.chances(7, draft)), reverse=True)
+    best = max((1 + sum(chances[:k])) / (1.0 + steep * k) for k in GRID if k <= len(draft))
+    reached = (1 + sum(chances[: len(kept)])) / (1.0 + steep * len(kept))
+    assert reached == pytest.approx(best)
+    for i, parent in enumerate(kept.parents):
+        assert -1 <= parent < i
+
+
+@settings(max_examples=80, deadline=None)
+@given(draft=trees(), data=st.data())
+def test_selecting_nodes_keeps_every_path(draft, data):
+    def texts(d: Draft) -> list[tuple[int, ...]]:
+        out: list[tuple[int, ...]] = []
+        for token, parent in zip(d.tokens, d.parents, strict=True):
+            out.append((*(out[parent] if parent >= 0 else ()), token))
+        return out
+
+    count = data.draw(st.integers(0, len(draft)))
+    best = sorted(range(len(draft)), key=lambda i: (-paths(draft, draft.scores)[i], i))[:count]
+    order = deepest_first(draft, best)
+    assert sorted(order) == sorted(best)
+    part = select(draft, order)
+    whole = texts(draft)
+    assert texts(part) == [whole[i] for i in order]
+    assert list(part.scores) == [draft.scores[i] for i in order]
+
+
+def test_acceptance_is_what_the_text_says_of_every_node():
+    """Against a count over the finished text, for drafts at every position, verified or not."""
+    r = random.Random(3)
+    text = [r.randrange(3) for _ in range(300)]
+    acceptance = Acceptance()
+    tries: dict[int, int] = {}
+    hits: dict[int, int] = {}
+    for length in range(1, len(text)):
+        acceptance.judge(1, text[:length])
+        n = r.randint(1, 6)
+        draft = Draft(
+            tuple(r.randrange(3) for _ in range(n)),
+            tuple(r.randint(-1, i - 1) for i in range(n)),
+            scores=tuple(r.choice((0.1, 0.6)) for _ in range(n)),
+        )
+        acceptance.watch(1, length, draft)
+        right: set[int] = {-1}
+        depth = {-1: 0}
+        for i, (token, parent) in enumerate(zip(draft.tokens, draft.parents, strict=True)):
+            depth[i] = depth[parent] + 1
+            at = length + depth[i] - 1
+            if parent not in right or at >= len(text):
+                continue
+            earlier = any(draft.parents[j] == parent and draft.tokens[j] == token for j in range(i))
+            key = int(draft.scores[i] * 20)
+            tries[key] = tries.get(key, 0) + 1
+            if text[at] == token and not earlier:
+                hits[key] = hits.get(key, 0) + 1
+                right.add(i)
+    acceptance.judge(1, text)
+    for key, count in tries.items():
+        rate = acceptance._rates[key]
+        assert 0 < rate.hits / rate.tries < 1
+        assert rate.hits / rate.tries == pytest.approx(hits[key] / count, abs=0.2)  # it forgets: about 50 count
+        assert rate.tries == pytest.approx(min(count, 50), rel=0.2)
+
+
+def test_chances_follow_what_was_seen_and_rows_differ():
+    acceptance = Acceptance()
+    draft = Draft((5,), (-1,), scores=(0.5,))
+    assert acceptance.chances(1, draft) == [0.5]
+    for length in range(1, 60):
+        for row, following in ((1, 5), (2, 6)):
+            acceptance.watch(row, length, draft)
+            acceptance.judge(row, [0] * length + [following])
+    good, bad, new = (acceptance.chances(row, draft)[0] for row in (1, 2, 3))
+    assert good > 0.9
+    assert bad < 0.1
+    assert 0.3 < new < 0.7
+    acceptance.forget(1)
+    assert acceptance.chances(1, draft)[0] == new
+
+
+class Slow(Stub):
+    """A drafter that is not asked when it does not pay."""
+
+    draws = "swor"
+
+
+def test_a_costly_drafter_is_left_alone_and_looked_at_again_ever_more_rarely():
+    budget, drafter = Budget(), Slow()
+    budget.cost = taught(lambda n: 1.0)
+    book = budget.book(drafter)
+    book.cost = taught(lambda n: 0.5 * n)
+    asked = []
+    for step in range(400):
+        [nodes] = budget.ask(drafter, [8])
+        if nodes:
+            asked.append(step)
+            length = 2 * step + 1
+            book.acceptance.watch(1, length, Draft(tuple([1] * nodes), tuple(range(-1, nodes - 1))))
+            book.acceptance.judge(1, [0] * (length + 1))
+    gaps = [b - a for a, b in pairwise(asked)]
+    assert 3 <= len(asked) < 30
+    assert gaps[-1] > 60
+    book.cost = taught(lambda n: 0.01)  # it got cheap, and right
+    for length in range(1, 80):
+        book.acceptance.watch(1, length, Draft((1, 1, 1, 1), (-1, 0, 1, 2)))
+        book.acceptance.judge(1, [1] * (length + 4))
+    assert budget.ask(drafter, [8])[0] >= 4
+
+
+class Clock:
+    """Stands in for the trace's clock: passes take what the test says, by their number of tokens."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, engine, cost: Callable[[int], float]) -> None:
+        self.time = 0.0
+        self.passes: list[int] = []
+        run = engine.backbone.run
+
+        def timed(rows, needs):
+            self.passes.append(sum(row.queries for row in rows))
+            self.time += cost(self.passes[-1])
+            return run(rows, needs)
+
+        monkeypatch.setattr(engine.backbone, "run", timed, raising=False)
+        monkeypatch.setattr(engine.trace, "now", lambda: self.time, raising=False)
+
+
+@pytest.mark.parametrize(("steep", "skill"), [(0.02, 1.0), (0.02, 0.0), (1.0, 1.0), (1.0, 0.0), (0.3, 0.6), (0.05, 0.3)])
+def test_on_a_simulated_machine_it_is_never_slower_and_finds_what_pays(monkeypatch, steep, skill):
+    engine = tiny.engine()
+    request = Request((5, 9, 13), SamplingParams(max_tokens=200, ignore_eos=True))
+    plain = engine.run([(request, PLAIN)])[0][0]
+    clock = Clock(monkeypatch, engine, lambda n: 1.0 + steep * (n - 1))
+    oracle = Oracle({(): [*request.prompt, *plain.tokens]}, tiny.VOCAB, skill)
+    out = engine.run([(request, Parts(oracle, budget=16, measured=True))])[0][0]
+    assert out.tokens == plain.tokens
+    taken = clock.time - (1.0 + steep * 2)  # without the prompt
+    speedup = 199 / taken
+    if skill == 0.0 or steep == 1.0:
+        assert speedup >= 0.97
+    elif (steep, skill) == (0.02, 1.0):
+        assert speedup >= 5
+    else:
+        assert speedup >= 1.05
+
+
+def test_batches_share_one_budget_and_rows_without_drafts_are_served(monkeypatch):
+    engine = tiny.engine()
+    asked = [Request((i + 1, 9, 13), SamplingParams(max_tokens=40 + 10 * i, ignore_eos=True)) for i in range(4)]
+    plain = [outs[0].tokens for outs in engine.run([(one, PLAIN) for one in asked])]
+    clock = Clock(monkeypatch, engine, lambda n: 1.0 + 0.05 * n)
+    good = Oracle({one.prompt: [*one.prompt, *text] for one, text in zip(asked, plain, strict=True)}, tiny.VOCAB)
+    drafters = [good, None, RandomTree(tiny.VOCAB), good]
+    parts = [Parts(d, budget=12, measured=True) if d else PLAIN for d in drafters]
+    texts = [outs[0].tokens for outs in engine.run(list(zip(asked, parts, strict=True)))]
+    assert texts == plain
+    assert max(clock.passes) > 8
+
+
+def test_draft_seconds_are_reported():
+    engine = tiny.engine()
+    request = Request((5, 9, 13), SamplingParams(max_tokens=30, ignore_eos=True))
+    out = engine.run([(request, Parts(RandomTree(tiny.VOCAB), budget=4, measured=True))])[0][0]
+    assert 0 < out.usage.draft_s < out.usage.decode_s
+    assert engine.run([(request, PLAIN)])[0][0].usage.draft_s < out.usage.draft_s

@@ -1,0 +1,136 @@
+"""Unions: merging against a trie written out, exactness with any mix of drafters, and each member hears its own needs."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import tiny
+import torch
+from drafters import Oracle, RandomTree, Sampled, Stub
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hasten.engine.union as unions
+from hasten.draft.prompt_lookup import Config as LookupConfig
+from hasten.draft.prompt_lookup import PromptLookup
+from hasten.draft.token_recycling import Config, TokenRecycling
+from hasten.engine.contracts import Draft, MethodContext, Needs
+from hasten.engine.engine import PLAIN, Parts
+from hasten.engine.union import Union, merge
+from hasten.errors import ConfigError
+from hasten.types import Request, SamplingParams
+
+
+@st.composite
+def drafts(draw) -> tuple[Draft, list[float]]:
+    n = draw(st.integers(0, 8))
+    draft = Draft(
+        tuple(draw(st.integers(0, 2)) for _ in range(n)),
+        tuple(draw(st.integers(-1, i - 1)) for i in range(n)),
+    )
+    return draft, [draw(st.floats(0.01, 1)) for _ in range(n)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(many=st.lists(drafts(), min_size=1, max_size=3), budget=st.integers(0, 12))
+def test_merging_is_a_trie_of_paths_cut_to_the_likeliest(many, budget):
+    chance: dict[tuple[int, ...], float] = {}
+    for draft, chances in many:
+        names: list[tuple[int, ...]] = []
+        for token, parent, one in zip(draft.tokens, draft.parents, chances, strict=True):
+            names.append((*(names[parent] if parent >= 0 else ()), token))
+            chance[names[-1]] = max(chance.get(names[-1], 0.0), one)
+    reach = {}
+    for path in sorted(chance, key=len):
+        reach[path] = chance[path] * reach.get(path[:-1], 1.0)
+    want = sorted(reach.values(), reverse=True)[:budget]
+    merged = merge(many, budget)
+    got: list[tuple[int, ...]] = []
+    for i, (token, parent) in enumerate(zip(merged.tokens, merged.parents, strict=True)):
+        assert parent < i
+        got.append((*(got[parent] if parent >= 0 else ()), token))
+    assert len(set(got)) == len(got)
+    assert [reach[path] for path in got] == pytest.approx(want)
+
+
+def members(engine) -> list:
+    context = MethodContext("tiny", engine.backbone)
+    q = Sampled(lambda text: torch.ones(tiny.VOCAB) / tiny.VOCAB, "iid", 2, 2, 0)
+    return [
+        PromptLookup(LookupConfig(), context),
+        TokenRecycling(Config(nodes=6, learn_prompt=True), context),
+        RandomTree(tiny.VOCAB),
+        q,
+        Stub(),
+    ]
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "top_p": 0.9}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("measured", [False, True], ids=["whole", "measured"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_text_is_that_of_plain_decoding(sampling, measured, batch):
+    engine = tiny.engine(rows=batch)
+    r = random.Random(2)
+    asked = [
+        Request(
+            tuple(r.randrange(4) for _ in range(r.randint(1, 30))),
+            SamplingParams(max_tokens=24, seed=i, ignore_eos=True, **sampling),
+        )
+        for i in range(12)
+    ]
+    plain = [outs[0].tokens for outs in engine.run([(one, PLAIN) for one in asked])]
+    union = Union(members(engine))
+    parts = Parts(union, budget=12, measured=measured)
+    assert [outs[0].tokens for outs in engine.run([(one, parts) for one in asked])] == plain
+    assert union.members[4].opened == 12
+    assert not union.members[4].live
+
+
+class Listener(Stub):
+    """Hears what it asked for, and nothing else."""
+
+    def __init__(self, needs: Needs) -> None:
+        super().__init__()
+        self.needs = needs
+
+
+def test_members_hear_what_they_asked_for():
+    engine = tiny.engine()
+    shy, curious = Listener(Needs()), Listener(Needs(topk=2, hidden=(1,), feedback="all", prompt=True))
+    union = Union([shy, curious, RandomTree(tiny.VOCAB)])
+    request = Request((5, 9, 13, 2), SamplingParams(max_tokens=20, ignore_eos=True))
+    engine.run([(request, Parts(union, budget=6))])
+    assert all(report.nodes for report in shy.heard)
+    assert all(report.topk is None and not report.hidden and report.final is None for report in shy.heard)
+    assert all(len(report.tokens) == 1 + len(report.path) for report in shy.heard)
+    assert any(not report.nodes for report in curious.heard)
+    assert any(len(report.tokens) > 1 + len(report.path) for report in curious.heard)
+    for report in curious.heard:
+        assert report.topk.shape == report.topk_logits.shape == (len(report.tokens), 2)
+        assert set(report.hidden) == {1}
+        assert len(report.hidden[1]) == len(report.tokens)
+
+
+def test_the_better_drafter_gets_the_nodes():
+    engine = tiny.engine()
+    request = Request((5, 9, 13), SamplingParams(max_tokens=120, ignore_eos=True))
+    plain = engine.run([(request, PLAIN)])[0][0]
+    oracle = Oracle({(): [*request.prompt, *plain.tokens]}, tiny.VOCAB)
+    out = engine.run([(request, Parts(Union([RandomTree(tiny.VOCAB), oracle]), budget=4))])[0][0]
+    assert out.tokens == plain.tokens
+    assert out.usage.tokens_per_forward > 3.5
+
+
+def test_state_is_kept_by_member_and_one_drafter_is_no_union():
+    engine = tiny.engine()
+    context = MethodContext("tiny", engine.backbone)
+    first, second = (TokenRecycling(Config(), context) for _ in range(2))
+    request = Request((5, 9, 13), SamplingParams(max_tokens=20, ignore_eos=True))
+    union = Union([first, PromptLookup(LookupConfig(), context)])
+    engine.run([(request, Parts(union, budget=6))])
+    Union([PromptLookup(LookupConfig(), context), second]).load_state_dict(union.state_dict())
+    assert (second._shared[0] == first._shared[0]).all()
+    assert (second._shared[0] >= 0).any()
+    with pytest.raises(ConfigError, match="at least two"):
+        unions.Union([first])
