@@ -303,6 +303,20 @@ class Transformer(nn.Module):
         h = self.embed(tokens)
         return h if self.config.embed_scale == 1.0 else h * torch.tensor(self.config.embed_scale, dtype=h.dtype)
 
+    def output_rows(self, ids: Tensor) -> Tensor:
+        """Rows [len(ids), hidden] of the output layer, also when it is packed."""
+        if self.head.weight is not None:
+            return self.head.weight.detach()[ids]
+        if self.config.tied:
+            return self.embed.weight.detach()[ids]
+        with torch.inference_mode():
+            columns = self.head(torch.eye(self.config.hidden, dtype=self.dtype))  # packed weights cannot be read back
+        return cast(Tensor, columns.T[ids].clone())
+
+    def embeddings(self, ids: Tensor) -> Tensor:
+        """Input embeddings [..., hidden] of token ids, scaled as the model scales them."""
+        return self._embed(ids)
+
     def logits(self, final_hidden: Tensor) -> Tensor:
         """float32 logits [..., vocab] of hidden states after the final norm, soft-capped where the model says so."""
         logits = cast(Tensor, self.head(final_hidden)).float()

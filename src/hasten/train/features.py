@@ -1,0 +1,218 @@
+"""Training of feature drafters (EAGLE, FSPAD) on a target's own states: data, loss, and a loop that resumes exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hasten.engine.contracts import Needs, RowInput
+from hasten.errors import ConfigError, HastenError, out_of_range
+from hasten.models.feature import FeatureModel
+from hasten.models.transformer import Transformer
+from hasten.train.self_text import Texts
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Settings of the training; `unroll` passes feed the layer's own outputs back, each weighted `decay` of the last."""
+
+    steps: int = 1500
+    tokens: int = 2048
+    lr: float = 1e-3
+    warmup: int = 50
+    noise: float = 0.1
+    feature_weight: float = 0.3
+    unroll: int = 2
+    decay: float = 0.8
+    clip: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "tokens", "unroll"):
+            if getattr(self, name) < 1:
+                raise out_of_range(f"train.{name}", getattr(self, name), "at least 1")
+        for name in ("lr", "clip", "decay"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise out_of_range(f"train.{name}", getattr(self, name), "above 0")
+
+
+def frequent(texts: Texts, count: int, vocab: int) -> Tensor:
+    """The `count` most frequent ids int64 of the texts, in ascending order (ties: lower id first)."""
+    often = torch.bincount(texts.ids.long(), minlength=vocab)
+    best = torch.sort(often, descending=True, stable=True).indices[: min(count, vocab)]
+    return best.sort().values
+
+
+def features(target: Transformer, texts: Texts, tokens: int = 2048) -> Iterator[list[tuple[Tensor, Tensor, int]]]:
+    """Batches of (ids [T], the target's final states [T, hidden], prompt length), in the order of the texts."""
+    batch: list[tuple[Tensor, int]] = []
+    for one in texts.each():
+        if batch and sum(len(ids) for ids, _ in batch) + len(one[0]) > tokens:
+            yield _states(target, batch)
+            batch = []
+        batch.append(one)
+    if batch:
+        yield _states(target, batch)
+
+
+def _states(target: Transformer, batch: list[tuple[Tensor, int]]) -> list[tuple[Tensor, Tensor, int]]:
+    rows = [RowInput(ids, torch.arange(len(ids)), logits="none") for ids, _ in batch]
+    done = target.run(rows, Needs(final_hidden=True))
+    assert done.final_hidden is not None  # noqa: S101 - asked for
+    final = done.final_hidden.clone()
+    return [(ids, final[a:b], prompt) for (ids, prompt), (a, b) in zip(batch, done.spans, strict=True)]
+
+
+def pad(batch: list[tuple[Tensor, Tensor, int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids [B, T], states [B, T, hidden], weight [B, T]) where weight 1 marks tokens of answers."""
+    longest = max(len(ids) for ids, _, _ in batch)
+    ids = torch.zeros(len(batch), longest, dtype=torch.int64)
+    states = torch.zeros(len(batch), longest, batch[0][1].shape[1])
+    weight = torch.zeros(len(batch), longest)
+    for i, (row, state, prompt) in enumerate(batch):
+        ids[i, : len(row)], states[i, : len(row)] = row, state.float()
+        weight[i, prompt : len(row)] = 1.0
+    return ids, states, weight
+
+
+def loss(
+    model: FeatureModel,
+    target: Transformer,
+    ids: Tensor,
+    states: Tensor,
+    weight: Tensor,
+    config: Config,
+    noise: Tensor | None,
+) -> tuple[Tensor, list[float]]:
+    """(loss, top-1 agreement of every unrolled step) for a batch; see `pad` for the shapes.
+
+    Cross-entropy to the target's distribution over the draft vocabulary, plus the smooth L1 distance of the fed-back
+    feature (which for FSPAD has an output of its own, so that neither term touches the other's weights).
+    """
+    embeds = target.embeddings(ids[:, 1:-1]).to(states.dtype)
+    inputs, wanted, mask = states[:, :-2], states[:, 1:-1], weight[:, 2:]
+    head = model.head.weight
+    assert head is not None  # noqa: S101 - a model in training is not packed
+    with torch.no_grad():
+        teacher = F.linear(wanted.to(head.dtype), head).float()
+        share, best = teacher.softmax(-1), teacher.argmax(-1)
+    total = torch.zeros(())
+    agreement: list[float] = []
+    count = mask.sum().clamp(min=1)
+    fed = inputs if noise is None else inputs + noise[:, : inputs.shape[1]]
+    for step in range(config.unroll):
+        out = model.dense(fed, embeds)
+        logits = F.linear(model.norm(out), head).float()
+        entropy = -(share * logits.log_softmax(-1)).sum(-1)
+        distance = F.smooth_l1_loss(model.fed_back(out).float(), wanted, reduction="none").mean(-1)
+        term = ((entropy + config.feature_weight * distance) * mask).sum() / count
+        total = total + config.decay**step * term
+        agreement.append(float(((logits.argmax(-1) == best) * mask).sum() / count))
+        # the next unrolled step reads the feature that this one predicted one place earlier
+        fed = torch.cat((inputs[:, :1], model.fed_back(out).float()[:, :-1]), 1)
+        mask = torch.cat((torch.zeros_like(mask[:, :1]), mask[:, 1:]), 1)
+    return total, agreement
+
+
+def fit(
+    model: FeatureModel,
+    target: Transformer,
+    data: list[tuple[Tensor, Tensor, int]],
+    config: Config,
+    *,
+    checkpoint: Path | None = None,
+    every: int = 100,
+    report: Callable[[int, float, list[float]], None] | None = None,
+) -> None:
+    """Train `model` on (ids, states, prompt length) examples; with `checkpoint` it continues where a run was cut.
+
+    A resumed run takes the same steps as one that was never cut. Raises HastenError naming the step when the loss is not
+    finite, ConfigError when the checkpoint belongs to other settings.
+    """
+    names = [name for name, _ in model.trained()]
+    params = [p for _, p in model.trained()]
+    optimiser = torch.optim.AdamW(params, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    start = 0
+    if checkpoint is not None and checkpoint.exists():
+        start = _resume(checkpoint, names, params, optimiser, config)
+    lengths = [len(ids) for ids, _, _ in data]
+    for step in range(start, config.steps):
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        batch, size = [], 0
+        while size < config.tokens:
+            i = int(torch.randint(len(data), (1,), generator=generator))
+            batch.append(data[i])
+            size += lengths[i]
+        ids, states, weight = pad(batch)
+        noise = (torch.rand(states.shape, generator=generator) - 0.5) * 2 * config.noise * states.std()
+        for group in optimiser.param_groups:
+            group["lr"] = config.lr * _schedule(step, config)
+        with torch.autocast("cpu", torch.bfloat16):
+            value, agreement = loss(model, target, ids, states, weight, config, noise)
+        if not bool(torch.isfinite(value)):
+            raise HastenError(f"the loss is not finite at step {step}", hint="lower train.lr")
+        optimiser.zero_grad()
+        value.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(params, config.clip)
+        optimiser.step()
+        if report is not None:
+            report(step + 1, float(value.detach()), agreement)
+        if checkpoint is not None and ((step + 1) % every == 0 or step + 1 == config.steps):
+            _checkpoint(checkpoint, step + 1, names, params, optimiser, config)
+
+
+def _schedule(step: int, config: Config) -> float:
+    """Linear warm-up, then a cosine to a twentieth."""
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    share = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def _checkpoint(
+    path: Path,
+    step: int,
+    names: list[str],
+    params: list[torch.nn.Parameter],
+    optimiser: torch.optim.Optimizer,
+    config: Config,
+) -> None:
+    state = {"step": torch.tensor(step)}
+    for name, p in zip(names, params, strict=True):
+        moments = optimiser.state[p]
+        state |= {
+            f"weight.{name}": p.detach(),
+            f"first.{name}": moments["exp_avg"],
+            f"second.{name}": moments["exp_avg_sq"],
+        }
+    part = path.with_suffix(".part")
+    save_file(state, part, {"config": str(asdict(config))})
+    part.replace(path)
+
+
+def _resume(
+    path: Path, names: list[str], params: list[torch.nn.Parameter], optimiser: torch.optim.Optimizer, config: Config
+) -> int:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        facts = (file.metadata() or {}).get("config")
+    if facts != str(asdict(config)):
+        raise ConfigError(
+            f"{path} was made with {facts}, not {asdict(config)}", hint="remove it to start anew", field="train"
+        )
+    state = load_file(path)
+    step = int(state["step"])
+    for name, p in zip(names, params, strict=True):
+        p.data.copy_(state[f"weight.{name}"])
+        optimiser.state[p] = {
+            "step": torch.tensor(float(step)), "exp_avg": state[f"first.{name}"], "exp_avg_sq": state[f"second.{name}"],
+        }  # fmt: skip
+    return step
