@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import random
+from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -42,3 +45,29 @@ def model(config: ModelConfig = PLAIN, seed: int = 0, scale: float = 0.3) -> Tra
 def engine(config: ModelConfig = PLAIN, **kwargs: object) -> Engine:
     """An engine over a random stack with 32 MB of cache."""
     return Engine(model(config), **{"cache_bytes": 32_000_000, **kwargs})  # type: ignore[arg-type]
+
+
+@cache
+def trained() -> tuple[Engine, Callable[[int], list[int]]]:
+    """An engine over a tiny model trained on texts made of twelve recurring lines, and a source of such texts."""
+    r = random.Random(1)
+    lines = [[r.randrange(10, VOCAB) for _ in range(r.randint(5, 9))] + [1] for _ in range(12)]
+
+    def text(length: int) -> list[int]:
+        out: list[int] = []
+        while len(out) < length:
+            out += r.choice(lines)
+        return out[:length]
+
+    stack = model(scale=0.1)
+    for parameter in stack.parameters():
+        parameter.requires_grad_(True)
+    optimiser = torch.optim.AdamW(stack.parameters(), lr=3e-3)
+    for _ in range(120):
+        ids = torch.tensor([text(49) for _ in range(16)])
+        loss = torch.nn.functional.cross_entropy(stack(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert loss.item() < 1.0
+    return Engine(stack.eval().requires_grad_(False), cache_bytes=32_000_000), text

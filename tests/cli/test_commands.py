@@ -34,12 +34,12 @@ def test_help_is_one_quick_page_that_lists_every_command():
         result = run("--help")
         times.append(time.perf_counter() - start)
     assert result.returncode == 0
-    assert all(f" {name} " in result.stdout for name in ("run", "chat", "methods", "pull", "doctor"))
+    assert all(f" {name} " in result.stdout for name in ("run", "chat", "methods", "pull", "train", "doctor"))
     assert result.stdout.count("\n") <= 40
     assert sorted(times)[2] < 0.6, times  # the start of Python itself included
 
 
-@pytest.mark.parametrize("name", ["run", "chat", "methods", "pull", "doctor"])
+@pytest.mark.parametrize("name", ["run", "chat", "methods", "pull", "train", "doctor"])
 def test_every_option_has_a_help_text(hasten, name):
     import typer
 

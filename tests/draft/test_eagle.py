@@ -83,7 +83,7 @@ def test_the_cached_search_is_the_one_written_out(tmp_path, kind, chunks):
     engine = tiny.engine()
     target = engine.backbone
     model = layer(kind, target, seed=3)
-    for name, p in model.trained():
+    for _, p in model.trained():
         if p.ndim == 2:
             p.data *= 12  # far from uniform, so that ties and rounding decide nothing
     path = tmp_path / "one.safetensors"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hasten import registry
 from hasten.draft.token_recycling import Config, TokenRecycling, paths
 from hasten.engine.contracts import Feedback, MethodContext, RowView
-from hasten.engine.engine import PLAIN, Engine, Parts
+from hasten.engine.engine import PLAIN, Parts
 from hasten.errors import ConfigError
 from hasten.types import Request, SamplingParams
 
@@ -183,28 +183,7 @@ def test_a_chain_tree_is_a_chain_and_the_budget_caps_it():
 
 @pytest.fixture(scope="module")
 def trained():
-    """A tiny model trained on texts made of twelve recurring lines, and a source of such texts."""
-    r = random.Random(1)
-    lines = [[r.randrange(10, tiny.VOCAB) for _ in range(r.randint(5, 9))] + [1] for _ in range(12)]
-
-    def text(length: int) -> list[int]:
-        out: list[int] = []
-        while len(out) < length:
-            out += r.choice(lines)
-        return out[:length]
-
-    model = tiny.model(scale=0.1)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(120):
-        ids = torch.tensor([text(49) for _ in range(16)])
-        loss = torch.nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    assert loss.item() < 1.0
-    return Engine(model.eval().requires_grad_(False), cache_bytes=32_000_000), text
+    return tiny.trained()
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "top_p": 0.9, "seed": 4}], ids=["greedy", "sampled"])

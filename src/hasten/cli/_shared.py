@@ -49,7 +49,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
         def show(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total or None, bytes=not what.startswith("loading"))
+                tasks[what] = bar.add_task(what, total=total or None, bytes=what.startswith(("fetching", "extracting")))
             bar.update(tasks[what], completed=done)
 
         yield show

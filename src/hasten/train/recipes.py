@@ -1,0 +1,139 @@
+"""What `hasten train` runs: from a model's name to a drafter's file, in stages that each resume where they were cut."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from hasten.errors import IncompatibleError, out_of_range, unknown_name
+from hasten.models.feature import FeatureModel, Kind
+from hasten.models.fetch import cache_dir
+from hasten.models.transformer import Transformer
+from hasten.train import features as training
+from hasten.train.self_text import Texts, prompts, write
+
+if TYPE_CHECKING:
+    from hasten.llm import LLM
+
+RECIPES = {
+    "eagle": "one decoder layer that continues the model's hidden states (EAGLE)",
+    "fspad": "EAGLE's layer with feature sampling and partial alignment (FSPAD)",
+}
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Sizes of a training: `texts` answers of at most `answer` tokens, `vocab` ids drafted, `steps` of `tokens` tokens."""
+
+    texts: int = 1600
+    answer: int = 160
+    vocab: int = 8192
+    steps: int = 1200
+    tokens: int = 2048
+    held_out: int = 60
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("texts", 8), ("answer", 4), ("vocab", 16), ("steps", 1), ("tokens", 64), ("held_out", 1)):
+            if getattr(self, name) < least:
+                raise out_of_range(f"train.{name}", getattr(self, name), f"at least {least}")
+        if self.held_out >= self.texts:
+            raise out_of_range("train.held_out", self.held_out, f"below texts = {self.texts}")
+
+
+def train(
+    slug: str,
+    llm: LLM,
+    recipe: Recipe,
+    *,
+    out: Path | None = None,
+    work: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Train the drafter `slug` for `llm` and return facts about it: its file, bytes, held-out agreement, seconds.
+
+    The layer is written to `out` (default: where the method looks for it), everything that lets a cut run go on to `work`.
+    Raises UnknownNameError for a recipe there is none of, IncompatibleError for a model it cannot train on.
+    """
+    if slug not in RECIPES:
+        raise unknown_name("recipe", slug, RECIPES)
+    target = llm.model
+    if not isinstance(target, Transformer):
+        raise IncompatibleError(
+            f"recipe {slug!r} needs a model of hasten's own decoder stack; {llm.name!r} runs on {target.name!r}",
+            field="model",
+        )
+    show = progress or (lambda what, done, total: None)
+    started = time.perf_counter()
+    place = llm.name.replace("/", "--")
+    work = work or cache_dir() / "train" / place
+    work.mkdir(parents=True, exist_ok=True)
+    out = out or cache_dir() / "drafters" / place / f"{slug}.safetensors"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    texts = self_text(llm, recipe, work, show)
+    learnt, held = texts.split(recipe.held_out)
+    kept = training.frequent(learnt, recipe.vocab, target.config.vocab_size)
+    data = _states("reading texts", target, learnt, show)
+    model = FeatureModel(cast(Kind, slug), target, kept, dtype=torch.float32).reset(recipe.seed)
+    config = training.Config(steps=recipe.steps, tokens=recipe.tokens, seed=recipe.seed)
+    show("training", 0, recipe.steps)
+    training.fit(
+        model, target, data, config,
+        checkpoint=work / f"{slug}.checkpoint",
+        report=lambda step, value, agreement: show("training", step, recipe.steps),
+    )  # fmt: skip
+    agreement = held_out(model, target, held)
+    facts = {
+        "recipe": slug,
+        "target": llm.name,
+        "texts": len(learnt),
+        "tokens": len(learnt.ids),
+        "steps": recipe.steps,
+        "seed": recipe.seed,
+        "draft_vocabulary": len(kept),
+        "vocabulary_covers": round(float(torch.isin(held.ids.long(), kept).float().mean()), 4),
+        "parameters": sum(p.numel() for _, p in model.trained()),
+        "agreement_by_depth": [round(value, 4) for value in agreement],
+    }
+    model.save(out, llm.name, dict(facts))
+    return {**facts, "path": str(out), "bytes": out.stat().st_size, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def self_text(llm: LLM, recipe: Recipe, work: Path, show: Progress) -> Texts:
+    """The model's own answers, kept in `work` and continued there; shared by all recipes of a model."""
+    path = work / f"texts-{recipe.texts}-{recipe.answer}-{recipe.seed}.safetensors"
+    messages = prompts(recipe.texts, recipe.seed)
+    texts = None
+    show("writing texts", 0, len(messages))
+    for texts in write(llm, messages, max_tokens=recipe.answer, path=path, seed=recipe.seed):
+        show("writing texts", len(texts), len(messages))
+    return texts if texts is not None else Texts.load(path)
+
+
+def _states(what: str, target: Transformer, texts: Texts, show: Progress) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
+    data: list[tuple[torch.Tensor, torch.Tensor, int]] = []
+    for batch in training.features(target, texts):
+        data += batch
+        show(what, len(data), len(texts))
+    return data
+
+
+def held_out(model: FeatureModel, target: Transformer, texts: Texts, depth: int = 4) -> list[float]:
+    """How often the layer's best token is the target's, one value per token ahead, its own features fed back."""
+    data = [one for batch in training.features(target, texts) for one in batch]
+    config = training.Config(unroll=depth)
+    sums, weight = [0.0] * depth, 0.0
+    with torch.no_grad():
+        for start in range(0, len(data), 8):
+            ids, states, mask = training.pad(data[start : start + 8])
+            count = float(mask[:, 2:].sum())
+            agreement = training.loss(model, target, ids, states, mask, config, None)[1]
+            sums = [total + count * value for total, value in zip(sums, agreement, strict=True)]
+            weight += count
+    return [total / max(weight, 1.0) for total in sums]
