@@ -18,7 +18,7 @@ DOCS = Path(__file__).parent
 NOTE = "<!-- Made by docs/generate.py; change the code and run `make docs`. -->"
 CARD = re.compile(r"<!-- card -->.*?<!-- /card -->", re.DOTALL)
 BENCH = re.compile(r"<!-- bench:plain -->.*?<!-- /bench:plain -->", re.DOTALL)
-DRAFTERS = re.compile(r"<!-- bench:drafters -->.*?<!-- /bench:drafters -->", re.DOTALL)
+SPEC = re.compile(r"<!-- bench:spec -->.*?<!-- /bench:spec -->", re.DOTALL)
 ROOT = DOCS.parent
 
 
@@ -153,25 +153,47 @@ def bench() -> str:
     return f"<!-- bench:plain -->\n{text}\n\n{table(head, rows)}\n<!-- /bench:plain -->"
 
 
-def drafters() -> str:
-    """The table of bench/results/drafters.json: tokens per pass and speed ratio by task group and method."""
-    result = json.loads((ROOT / "bench" / "results" / "drafters.json").read_text(encoding="utf-8"))
+def spec() -> str:
+    """The tables of bench/results/spec.json: speed by task group and method, and what passes cost."""
+    result = json.loads((ROOT / "bench" / "results" / "spec.json").read_text(encoding="utf-8"))
     about = result["machine"]
-    rows = []
-    for kind in ("float32", "bfloat16"):
+    rows: list[tuple[str, ...]] = []
+    costs: list[str] = []
+    for kind in ("bfloat16", "float32"):
         for group, methods in result[kind].items():
+            if group == "pass_ms":
+                costs.append(f"{kind}: " + ", ".join(f"{n} tokens {ms:g} ms" for n, ms in methods.items()))
+                continue
             for name, one in methods.items():
-                ratio = one["speed_ratio"]
-                speed = f"{ratio['median']:g}x ({ratio['low']:g}-{ratio['high']:g})"
-                rows.append((kind, group, f"`{name}`", f"{one['tokens_per_pass']:g}", speed, one["same_text"]))
+                if name == "plain":
+                    continue
+
+                def cell(ratio: dict[str, float]) -> str:
+                    return f"{ratio['mean']:.2f}x ({ratio['low']:.2f}-{ratio['high']:.2f})"
+
+                per_pass = f"{one['tokens_per_pass']:.2f}" if "tokens_per_pass" in one else ""
+                cost = f"{one['pass_cost']:.2f}" if "pass_cost" in one else ""
+                speeds = (cell(one["decode_ratio"]), cell(one["total_ratio"]))
+                rows.append((kind, group, f"`{name}`", per_pass, cost, *speeds, one["same_text"]))
     text = (
-        f"smollm2-135m, greedy, batch 1, {result['prompts_per_group']} prompts per group, {result['tokens']} new tokens, "
-        f"{about['threads']} threads of {about['cpu']}, {about['date']}. Speed is plain decoding's time divided by the "
-        "method's: median over prompts, quartiles in brackets. In bfloat16 a pass over several tokens rounds differently "
-        "from a pass over one, so texts may part at near-ties; in float32 they are the same."
+        f"smollm2-135m, greedy, batch 1, {result['prompts_per_group']} prompts in each of six groups, {result['tokens']} "
+        f"new tokens, {about['threads']} threads of {about['cpu']}, {about['date']}; `python bench/spec.py` repeats it "
+        "([result file](../bench/results/spec.json)). Speed is plain decoding's time divided by the method's, for "
+        "decoding alone and for the whole request with its prompt: mean over prompts, quartiles in brackets. A pass costs as many "
+        "times plain decoding's as said. The peers are transformers' `generate` on the same weights."
     )
-    head = ("precision", "task", "method", "tokens per pass", "speed", "same text as plain")
-    return f"<!-- bench:drafters -->\n{text}\n\n{table(head, rows)}\n<!-- /bench:drafters -->"
+    head = (
+        "precision",
+        "task",
+        "method",
+        "tokens per pass",
+        "pass cost",
+        "decoding",
+        "whole request",
+        "same text as plain",
+    )
+    passes = "Passes, as the engine measured them. " + "; ".join(costs) + "."
+    return f"<!-- bench:spec -->\n{text}\n\n{table(head, rows)}\n\n{passes}\n<!-- /bench:spec -->"
 
 
 def pages() -> dict[Path, str]:
@@ -188,8 +210,8 @@ def pages() -> dict[Path, str]:
         text = path.read_text(encoding="utf-8") if path.is_file() else f"# {slug}\n\n<!-- card --><!-- /card -->\n"
         block = card(slug)
         made[path] = CARD.sub(lambda match, block=block: block, text)
-    path, compared = DOCS / "methods" / "token-recycling.md", drafters()
-    made[path] = DRAFTERS.sub(lambda match: compared, made[path])
+    path, compared = DOCS / "speculative.md", spec()
+    made[path] = SPEC.sub(lambda match: compared, path.read_text(encoding="utf-8"))
     return made
 
 

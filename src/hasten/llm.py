@@ -215,6 +215,44 @@ class LLM:
             method=tuple(slugs),
         )
 
+    def save_state(self, path: str | Path) -> None:
+        """Write what shared drafters have learnt so far (token tables; no prompts or answers) to a safetensors file."""
+        from safetensors.torch import save_file
+
+        state: dict[str, Tensor] = {}
+        for names, parts in self._parts.items():
+            if parts.drafter is not None and parts.drafter.scope == "shared":
+                state |= {f"{'+'.join(names)}/{key}": value for key, value in parts.drafter.state_dict().items()}
+        part = Path(path).with_suffix(".part")
+        save_file({key: value.contiguous() for key, value in state.items()}, part, {"hasten": "state", "model": self.name})
+        part.replace(path)
+
+    def load_state(self, path: str | Path) -> None:
+        """Take over what `save_state` wrote for this model, so that its methods start warm.
+
+        Raises FormatError for a file that is not one, ConfigError for another model's or another setting's.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        from hasten.errors import FormatError
+
+        try:
+            with safe_open(path, "pt") as file:
+                facts = file.metadata() or {}
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        except (SafetensorError, OSError) as error:
+            raise FormatError(f"{path} cannot be read ({error})", hint="remove it to start anew", field="state") from None
+        if facts.get("hasten") != "state":
+            raise FormatError(f"{path} holds no drafters' state", hint="give a file of save_state", field="state")
+        if facts.get("model") != self.name:
+            raise ConfigError(f"{path} belongs to model {facts.get('model')!r}, not {self.name!r}", field="state")
+        for name in dict.fromkeys(key.rpartition("/")[0] for key in state):
+            drafter = self.parts(tuple(name.split("+"))).drafter
+            if drafter is None:
+                raise FormatError(f"{path}: {name!r} drafts nothing", hint="remove it to start anew", field="state")
+            start = f"{name}/"
+            drafter.load_state_dict({key[len(start) :]: value for key, value in state.items() if key.startswith(start)})
+
     # --- everything else ---
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:

@@ -185,3 +185,32 @@ def test_a_model_on_disk_opens_no_connection(tiny):
     loud = subprocess.run([sys.executable, "-c", guard + fetch], capture_output=True, text=True, env=environment)
     assert loud.returncode == 1  # the guard does see what the hub client tries
     assert "connection" in loud.stderr
+
+
+def test_what_drafters_learn_is_kept_in_a_file(hasten, tiny, bare, tmp_path):
+    path = tmp_path / "learnt.safetensors"
+    arguments = ("run", tiny, "The quick", "--max-tokens", "30", "--json", "--state", str(path))
+    cold, warm = (json.loads(hasten(*arguments, "--method", "token-recycling").out) for _ in range(2))
+    assert cold["tokens"] == warm["tokens"]
+    assert warm["usage"]["drafted_tokens"] > 0
+    llm = package.load(tiny)
+    llm.load_state(path)
+    table, _ = llm.parts(("token-recycling",)).drafter._shared
+    assert (table >= 0).any()
+    assert hasten("run", tiny, "Hi", "--max-tokens", "3", "--state", str(path)).code == 0  # another method: kept beside
+    other = hasten("run", bare, "Hi", "--max-tokens", "3", "--state", str(path))
+    assert (other.code, "belongs to model" in other.err) == (2, True)
+    blob = path.read_bytes()
+    for wrong in (b"", blob[:40], blob[: len(blob) // 2]):
+        path.write_bytes(wrong)
+        result = hasten("run", tiny, "Hi", "--max-tokens", "3", "--state", str(path))
+        assert result.code in (1, 2)
+        assert "cannot be read" in result.err
+        assert path.read_bytes() == wrong
+
+
+def test_chat_keeps_what_was_learnt_too(hasten, tiny, tmp_path):
+    path = tmp_path / "learnt.safetensors"
+    result = hasten("chat", tiny, "--max-tokens", "12", "--state", str(path), stdin=b"The quick\nbrown fox\n")
+    assert result.code == 0, result.err
+    assert path.exists()

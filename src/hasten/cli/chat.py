@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import closing, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -41,6 +42,9 @@ def chat(
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens that together hold this probability.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Repeat a conversation exactly.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="How to decode (repeatable; see `methods`).")] = None,
+    state: Annotated[
+        Path | None, typer.Option(help="File with what drafters have learnt: read if it is there, written at the end.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads (default: all).")] = None,
     force: Annotated[bool, typer.Option("--force", help="Load although the memory check refuses.")] = False,
@@ -54,6 +58,8 @@ def chat(
     chosen = method or ["auto"]
     check_methods(chosen)
     llm = open_model(model, dtype, threads, force)
+    if state is not None and state.exists():
+        llm.load_state(state)
     start = [{"role": "system", "content": system}] if system else []
     history = list(start)
     terminal = sys.stdin.isatty()
@@ -77,6 +83,8 @@ def chat(
             history.append({"role": "assistant", "content": answer})
             if stats and output is not None:
                 print(stats_line(output), file=sys.stderr)
+    if state is not None:
+        llm.save_state(state)
 
 
 def _lines(terminal: bool) -> Iterator[str]:

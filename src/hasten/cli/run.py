@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -45,6 +46,9 @@ def run(
     method: Annotated[
         list[str] | None, typer.Option(help='How to decode, e.g. "prompt-lookup:nodes=4" (repeatable; see `methods`).')
     ] = None,
+    state: Annotated[
+        Path | None, typer.Option(help="File with what drafters have learnt: read if it is there, written at the end.")
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads (default: all).")] = None,
@@ -66,6 +70,8 @@ def run(
     if not text:
         raise ConfigError("prompt is empty; prompt must hold at least one character", field="prompt")
     llm = open_model(model, dtype, threads, force)
+    if state is not None and state.exists():
+        llm.load_state(state)
     if not raw and llm.tokenizer is not None and llm.tokenizer.chat_template is not None:
         events = llm.chat_stream([{"role": "user", "content": text}], method=chosen, **fields)
     else:
@@ -76,3 +82,5 @@ def run(
                 typer.echo(as_json(output_json(llm, event.output)))
             if stats:
                 print(stats_line(event.output), file=sys.stderr)
+    if state is not None:
+        llm.save_state(state)

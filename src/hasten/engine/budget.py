@@ -308,4 +308,5 @@ class Budget:
         ]
 
 
-GRID = (*range(9), *range(10, 17, 2), *range(20, 33, 4), *range(40, 257, 8))  # few sizes, so that each is soon known
+# few sizes, so that each is soon known; with the root 32 tokens, the most of which attention treats all alike
+GRID = (*range(9), *range(10, 17, 2), 20, 24, 28, 31, *range(40, 257, 8))

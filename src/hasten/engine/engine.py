@@ -77,6 +77,10 @@ class Engine:
         """True when nothing waits or runs."""
         return self.scheduler.idle
 
+    def pass_seconds(self, rows: int = 1) -> dict[int, float]:
+        """Query tokens -> seconds of a decoding pass of `rows` rows, as measured so far."""
+        return self._loop.budget.cost.table(rows)
+
     def add(self, request: Request, parts: Parts = PLAIN) -> int:
         """Queue a request and return its id; everything that can be refused is refused here, before any work.
 

@@ -26,7 +26,7 @@ class Limits:
     queue: int = _limit(1_024, "requests", "requests waiting for a row")
     prefill_chunk: int = _limit(512, "tokens", "prompt tokens of one row read per step, so that others keep moving")
     step_tokens: int = _limit(2_048, "tokens", "query tokens of all rows in one target pass")
-    draft_budget: int = _limit(32, "nodes", "nodes of one row verified per pass at most; fewer where they do not pay")
+    draft_budget: int = _limit(31, "nodes", "nodes of one row verified per pass at most; fewer where they do not pay")
     draft_nodes: int = _limit(256, "nodes", "nodes one draft may hold")
     cache_share: float = _limit(0.5, "of free memory", "KV cache memory when no budget is given")
     template_chars: int = _limit(1_000_000, "characters", "output of one chat template")

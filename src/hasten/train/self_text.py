@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from hasten.llm import LLM
 
 _CODE = (
-    "abc ast asyncore base64 binascii calendar codecs collections configparser contextlib copy csv datetime dataclasses "
+    "abc ast base64 binascii calendar codecs collections configparser contextlib copy csv datetime dataclasses "
     "decimal difflib dis doctest email.utils enum filecmp fileinput fractions functools getopt getpass gettext glob gzip "
     "hmac html http.cookies imaplib inspect ipaddress json keyword linecache locale logging mailbox mimetypes netrc "
     "ntpath numbers operator optparse pathlib pickletools pkgutil platform plistlib poplib pprint profile pyclbr queue "

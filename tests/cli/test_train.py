@@ -1,0 +1,68 @@
+"""`hasten train` end to end on a tiny model: a file that the method then drafts with, and runs that go on when cut."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import hasten as package
+
+SIZES = ("--texts", "10", "--answer", "12", "--tokens", "256", "--vocab", "200")
+
+
+@pytest.mark.parametrize("recipe", ["eagle", "fspad"])
+def test_a_trained_layer_is_found_by_its_method(hasten, tiny, tmp_path, monkeypatch, recipe):
+    monkeypatch.setenv("HASTEN_HOME", str(tmp_path))
+    before = hasten("run", tiny, "The quick", "--method", recipe)
+    assert before.code == 2
+    assert f"hasten train {recipe} {tiny}" in before.err
+    result = hasten("train", recipe, tiny, *SIZES, "--steps", "4", "--json")
+    assert result.code == 0, result.err
+    facts = json.loads(result.out)
+    assert Path(facts["path"]).is_relative_to(tmp_path)
+    assert Path(facts["path"]).stat().st_size == facts["bytes"]
+    assert (facts["recipe"], facts["steps"], facts["target"]) == (recipe, 4, tiny)
+    assert len(facts["agreement_by_depth"]) == 4
+    plain = hasten("run", tiny, "The quick", "--max-tokens", "20", "--method", "plain")
+    drafted = hasten("run", tiny, "The quick", "--max-tokens", "20", "--method", f"{recipe}:floor=0")
+    assert drafted.code == 0, drafted.err
+    assert drafted.out == plain.out
+    assert package.load(tiny).generate("The quick", max_tokens=9, method=[recipe, "prompt-lookup"]).method == (
+        recipe, "prompt-lookup",
+    )  # fmt: skip
+
+
+def test_a_second_run_goes_on_from_the_first(hasten, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("HASTEN_HOME", str(tmp_path))
+    out = str(tmp_path / "layer.safetensors")
+    for _ in range(2):
+        result = hasten("train", "eagle", tiny, *SIZES, "--steps", "3", "--out", out)
+        assert result.code == 0, result.err
+        assert "use it" in result.out
+    fresh = str(tmp_path / "fresh.safetensors")
+    hasten("train", "eagle", tiny, *SIZES, "--steps", "3", "--out", fresh, "--work", str(tmp_path / "other"))
+    first, second = load_file(out), load_file(fresh)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    changed = hasten("train", "eagle", tiny, *SIZES, "--steps", "5", "--out", out)
+    assert changed.code == 2
+    assert "remove it" in changed.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nothing",), "recipe 'nothing'"),
+        (("eagle", "--texts", "3"), "train.texts"),
+        (("eagle", "--steps", "0"), "train.steps"),
+    ],
+)
+def test_a_wrong_request_is_refused_before_the_model_is_loaded(hasten, arguments, message):
+    recipe, *options = arguments
+    result = hasten("train", recipe, "no-such-model", *options)
+    assert result.code == 2
+    assert message in result.err
