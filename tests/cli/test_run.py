@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -75,7 +76,8 @@ def test_a_stop_string_ends_the_text(hasten, tiny):
 
 
 def test_a_method_gives_the_same_text_and_says_its_name(hasten, tiny):
-    plain = json.loads(hasten("run", tiny, "again and again and again", "--json", "--max-tokens", "40").out)
+    words = ("run", tiny, "again and again and again", "--json", "--max-tokens", "40")
+    plain = json.loads(hasten(*words, "--method", "plain").out)
     arguments = ("--method", "prompt-lookup:nodes=3", "--max-tokens", "40", "--json")
     looked = json.loads(hasten("run", tiny, "again and again and again", *arguments).out)
     assert looked["text"] == plain["text"]
@@ -214,3 +216,22 @@ def test_chat_keeps_what_was_learnt_too(hasten, tiny, tmp_path):
     result = hasten("chat", tiny, "--max-tokens", "12", "--state", str(path), stdin=b"The quick\nbrown fox\n")
     assert result.code == 0, result.err
     assert path.exists()
+
+
+def test_a_draft_model_is_loaded_by_name_and_its_vocabulary_checked(hasten, tiny, endless, tmp_path):
+    arguments = ("run", tiny, "The quick brown", "--max-tokens", "12")
+    plain = hasten(*arguments, "--method", "plain")
+    for method in (f"draft-model:model={endless}", f"rsd:model={endless}"):
+        drafted = hasten(*arguments, "--method", method)
+        assert (drafted.code, drafted.out) == (0, plain.out), drafted.err
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in ("tokenizer.json", "tokenizer_config.json", "config.json", "model.safetensors"):
+        (other / file).write_bytes((Path(tiny) / file).read_bytes())
+    text = (other / "tokenizer.json").read_text(encoding="utf-8")
+    (other / "tokenizer.json").write_text(text.replace("<|im_end|>", "<|im_stop|>"), encoding="utf-8")
+    refused = hasten(*arguments, "--method", f"draft-model:model={other}")
+    assert refused.code == 2
+    assert "token 1 is '<|im_stop|>', the target's is '<|im_end|>'" in refused.err
+    assert "draft-model.model is empty" in hasten(*arguments, "--method", "draft-model").err
+    assert hasten(*arguments, "--method", "rsd:model=no-such-model").code in (1, 2)

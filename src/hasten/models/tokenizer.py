@@ -274,6 +274,10 @@ class Tokenizer:
             raise out_of_range("token", token, f"an id of the tokenizer, below {self.vocab_size}")
         return text
 
+    def token_strings(self) -> list[str]:
+        """The vocabulary's spelling of every id in order, "" for ids without one."""
+        return [self._fast.id_to_token(i) or "" for i in range(self.vocab_size)]
+
     def token_bytes(self, token: int) -> bytes:
         """The bytes an id stands for in a text (before the first-space rule of SentencePiece vocabularies)."""
         found = self._texts.get(token)
