@@ -179,8 +179,8 @@ def spec() -> str:
         f"smollm2-135m, greedy, batch 1, {result['prompts_per_group']} prompts in each of six groups, {result['tokens']} "
         f"new tokens, {about['threads']} threads of {about['cpu']}, {about['date']}; `python bench/spec.py` repeats it "
         "([result file](../bench/results/spec.json)). Speed is plain decoding's time divided by the method's, for "
-        "decoding alone and for the whole request with its prompt: mean over prompts, quartiles in brackets. A pass costs as many "
-        "times plain decoding's as said. The peers are transformers' `generate` on the same weights."
+        "decoding alone and for the whole request with its prompt: mean over prompts, quartiles in brackets. "
+        "A pass costs as many times plain decoding's as said. The peers are transformers' `generate` on the same weights."
     )
     head = (
         "precision",

@@ -36,6 +36,19 @@ def test_a_trained_layer_is_found_by_its_method(hasten, tiny, tmp_path, monkeypa
     )  # fmt: skip
 
 
+def test_statistics_are_counted_and_found_by_aded(hasten, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("HASTEN_HOME", str(tmp_path))
+    result = hasten("train", "aded", tiny, *SIZES, "--json")
+    assert result.code == 0, result.err
+    facts = json.loads(result.out)
+    assert facts["pairs"] > 50
+    plain = hasten("run", tiny, "The quick", "--max-tokens", "20", "--method", "plain")
+    drafted = hasten("run", tiny, "The quick", "--max-tokens", "20", "--method", "aded", "--json")
+    assert json.loads(drafted.out)["text"] + "\n" == plain.out
+    assert package.load(tiny).parts(("aded",)).drafter.table is not None
+    assert package.load(tiny).parts(("aded:table=none",)).drafter.table is None
+
+
 def test_a_second_run_goes_on_from_the_first(hasten, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("HASTEN_HOME", str(tmp_path))
     out = str(tmp_path / "layer.safetensors")

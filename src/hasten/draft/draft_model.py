@@ -1,4 +1,4 @@
-"""Draft model: a smaller model of the same vocabulary writes a chain ahead, and the target checks it (speculative sampling)."""
+"""Draft model: a smaller model of the same vocabulary writes a chain ahead, and the target checks it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ card = MethodCard(
     knobs={
         "model": "the draft model: catalog name, directory, hub id or file",
         "nodes": "tokens drafted ahead (1..32)",
-        "sample": "draw drafts at the request's temperature and judge them by rejection (true), or always draft the best token",
+        "sample": "draw drafts at the request's temperature, judged by rejection (true), or draft the best token",
         "temperature": "the draft's temperature (0 up to 2; -1: that of the request)",
         "cache_mb": "memory of the draft model's keys and values, in megabytes",
     },

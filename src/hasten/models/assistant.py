@@ -74,7 +74,7 @@ class Assistant:
             own.tokens, own.seen = list(tokens[:same]), []
         while live:
             inputs, waiting = [], []
-            for i, own, tokens in live:
+            for _, own, tokens in live:
                 part = list(tokens[len(own.tokens) : len(own.tokens) + LIMITS.prefill_chunk])
                 positions = torch.arange(len(own.tokens), len(own.tokens) + len(part))
                 inputs.append(RowInput(torch.tensor(part), positions, own.cache))
@@ -141,8 +141,8 @@ def check_vocabularies(target: Any, draft: Any, target_size: int, draft_size: in
     if target is None or draft is None:
         if target_size != draft_size:
             raise IncompatibleError(
-                f"draft model {name!r} has {draft_size} tokens and the target {target_size}; without tokenizers that is all "
-                "there is to compare",
+                f"draft model {name!r} has {draft_size} tokens and the target {target_size}; without tokenizers that is "
+                "all there is to compare",
                 hint="use a draft model of the same family",
                 field="model",
             )

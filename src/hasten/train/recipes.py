@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from hasten.draft._trigrams import Trigrams, fingerprint
 from hasten.errors import IncompatibleError, out_of_range, unknown_name
 from hasten.models.feature import FeatureModel, Kind
 from hasten.models.fetch import cache_dir
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 RECIPES = {
     "eagle": "one decoder layer that continues the model's hidden states (EAGLE)",
     "fspad": "EAGLE's layer with feature sampling and partial alignment (FSPAD)",
+    "aded": "statistics of three tokens in a row over the model's own answers (ADED); seconds, once these are written",
 }
 Progress = Callable[[str, int, int], None]
 
@@ -64,7 +66,7 @@ def train(
     if slug not in RECIPES:
         raise unknown_name("recipe", slug, RECIPES)
     target = llm.model
-    if not isinstance(target, Transformer):
+    if slug != "aded" and not isinstance(target, Transformer):
         raise IncompatibleError(
             f"recipe {slug!r} needs a model of hasten's own decoder stack; {llm.name!r} runs on {target.name!r}",
             field="model",
@@ -77,7 +79,10 @@ def train(
     out = out or cache_dir() / "drafters" / place / f"{slug}.safetensors"
     out.parent.mkdir(parents=True, exist_ok=True)
     texts = self_text(llm, recipe, work, show)
-    learnt, held = texts.split(recipe.held_out)
+    learnt, held = texts.split(min(recipe.held_out, len(texts) - 1))  # some prompts are too long and left out
+    if slug == "aded":
+        return {**count(llm, recipe, learnt, out), "seconds": round(time.perf_counter() - started, 1)}
+    target = cast(Transformer, target)
     kept = training.frequent(learnt, recipe.vocab, target.config.vocab_size)
     data = _states("reading texts", target, learnt, show)
     model = FeatureModel(cast(Kind, slug), target, kept, dtype=torch.float32).reset(recipe.seed)
@@ -103,6 +108,15 @@ def train(
     }
     model.save(out, llm.name, dict(facts))
     return {**facts, "path": str(out), "bytes": out.stat().st_size, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def count(llm: LLM, recipe: Recipe, texts: Texts, out: Path) -> dict[str, Any]:
+    """Count the statistics of `aded` over the texts and write them to `out`."""
+    vocab = llm.model.capabilities.vocab_size
+    table = Trigrams.build((ids.numpy() for ids, _ in texts.each()), vocab)
+    table.save(out, fingerprint(llm.tokenizer, vocab))
+    facts = {"recipe": "aded", "target": llm.name, "texts": len(texts), "tokens": len(texts.ids), "seed": recipe.seed}
+    return {**facts, "pairs": len(table), "path": str(out), "bytes": out.stat().st_size}
 
 
 def self_text(llm: LLM, recipe: Recipe, work: Path, show: Progress) -> Texts:
