@@ -96,7 +96,7 @@ def measure(dtype: str, methods: list[str], per_group: int, tokens: int, peers: 
             one["pass_cost"] = round(statistics.mean(cost), 2)
             one["drafting"] = round(statistics.mean(r["draft"] / r["decode"] for r in many), 4)
         result.setdefault(group, {})[name] = one
-    result["pass_ms"] = {str(n): round(s * 1e3, 1) for n, s in sorted(llm.engine.pass_seconds().items())}
+    result["pass_ms"] = {str(n): round(s * 1e3, 1) for n, s in sorted(llm.engine.pass_cost.table().items())}
     return result
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -124,3 +125,20 @@ class Sampled(Stub):
                     following.append((len(tokens) - 1, [*text, token]))
             level = following
         return Draft(tuple(tokens), tuple(parents), table)
+
+
+class Clock:
+    """Stands in for the trace's clock: passes take what the test says, by their number of tokens."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, engine, cost: Callable[[int], float]) -> None:
+        self.time = 0.0
+        self.passes: list[int] = []
+        run = engine.backbone.run
+
+        def timed(rows, needs):
+            self.passes.append(sum(row.queries for row in rows))
+            self.time += cost(self.passes[-1])
+            return run(rows, needs)
+
+        monkeypatch.setattr(engine.backbone, "run", timed, raising=False)
+        monkeypatch.setattr(engine.trace, "now", lambda: self.time, raising=False)

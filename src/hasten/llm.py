@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, object]
-AUTO = ("prompt-lookup", "token-recycling")  # what "auto" drafts with: exact, untrained, any causal model
+AUTO: tuple[str, ...] = ("prompt-lookup", "token-recycling")  # what "auto" drafts with: exact, untrained, any causal model
+TRAINED = "fspad"  # and with this, where a layer was trained for the model
 _SAMPLING = tuple(f.name for f in fields(SamplingParams))
 
 
@@ -177,6 +178,19 @@ class LLM:
             self._parts[names] = self._build(names)
         return self._parts[names]
 
+    def _auto(self) -> tuple[str, ...]:
+        """What "auto" drafts with: what needs no training, and the trained layer of this model where there is one."""
+        from hasten.models.feature import weights_path
+        from hasten.models.transformer import Transformer
+
+        if not isinstance(self.model, Transformer):
+            return AUTO
+        try:
+            weights_path(TRAINED, self.name)
+        except ConfigError:  # none was trained
+            return AUTO
+        return (*AUTO, TRAINED)
+
     def _build(self, names: tuple[str, ...]) -> Parts:
         from hasten.engine.contracts import MethodContext, check_needs
         from hasten.engine.engine import PLAIN, Parts
@@ -190,7 +204,8 @@ class LLM:
                 raise IncompatibleError(f"method {slugs[0]!r} cannot be combined with {slugs[1]!r}", field="method")
             if slugs[0] == "plain":
                 return PLAIN
-            names, slugs = AUTO, [registry.parse(name)[0] for name in AUTO]
+            names = self._auto()
+            slugs = [registry.parse(name)[0] for name in names]
         context = MethodContext(self.name, self.model, self.tokenizer)
         cards = [registry.card(slug) for slug in slugs]
         for i, one in enumerate(cards):
@@ -208,7 +223,7 @@ class LLM:
             )
         built = [registry.build(name, context) for name in drafters]
         return Parts(
-            drafter=Union(built) if len(built) > 1 else built[0] if built else None,
+            drafter=Union(built, self.engine.pass_cost) if len(built) > 1 else built[0] if built else None,
             rules=tuple(registry.build(name, context) for name in rules),
             budget=LIMITS.draft_budget,
             measured=True,

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import tiny
-from drafters import Oracle, RandomTree, Stub
+from drafters import Clock, Oracle, RandomTree, Stub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -179,23 +179,6 @@ def test_a_costly_drafter_is_left_alone_and_looked_at_again_ever_more_rarely():
         book.acceptance.watch(1, length, Draft((1, 1, 1, 1), (-1, 0, 1, 2)))
         book.acceptance.judge(1, [1] * (length + 4))
     assert budget.ask(drafter, [8])[0] >= 4
-
-
-class Clock:
-    """Stands in for the trace's clock: passes take what the test says, by their number of tokens."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, engine, cost: Callable[[int], float]) -> None:
-        self.time = 0.0
-        self.passes: list[int] = []
-        run = engine.backbone.run
-
-        def timed(rows, needs):
-            self.passes.append(sum(row.queries for row in rows))
-            self.time += cost(self.passes[-1])
-            return run(rows, needs)
-
-        monkeypatch.setattr(engine.backbone, "run", timed, raising=False)
-        monkeypatch.setattr(engine.trace, "now", lambda: self.time, raising=False)
 
 
 @pytest.mark.parametrize(("steep", "skill"), [(0.02, 1.0), (0.02, 0.0), (1.0, 1.0), (1.0, 0.0), (0.3, 0.6), (0.05, 0.3)])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
 import tiny
 import torch
-from drafters import Oracle, RandomTree, Sampled, Stub
+from drafters import Clock, Oracle, RandomTree, Sampled, Stub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -134,3 +135,40 @@ def test_state_is_kept_by_member_and_one_drafter_is_no_union():
     assert (second._shared[0] >= 0).any()
     with pytest.raises(ConfigError, match="at least two"):
         unions.Union([first])
+
+
+class Costly(Oracle):
+    """An oracle that takes its time."""
+
+    def __init__(self, clock, seconds: float, texts, skill: float) -> None:
+        super().__init__(texts, tiny.VOCAB, skill)
+        self.clock, self.seconds, self.asked = clock, seconds, 0
+
+    def propose(self, rows, budgets):
+        self.clock.time += self.seconds
+        self.asked += 1
+        return super().propose(rows, budgets)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "skill", "other", "low", "high"),
+    [
+        (0.5, 1.0, 0.0, 40, 10**6),  # dear but right: asked before nearly every one of the 45 passes
+        (0.5, 0.0, 0.0, 1, 40),  # dear and wrong: looked at now and then
+        (0.5, 1.0, 1.0, 1, 20),  # dear, right, and needless beside one that costs nothing
+        (0.001, 0.0, 0.0, 300, 10**6),  # costs nothing: always asked
+    ],
+)
+def test_a_member_is_asked_when_it_is_worth_its_time(monkeypatch, seconds, skill, other, low, high):
+    engine = tiny.engine(dataclasses.replace(tiny.PLAIN, max_len=1024))
+    request = Request((5, 9, 13), SamplingParams(max_tokens=400, ignore_eos=True))
+    plain = engine.run([(request, PLAIN)])[0][0]
+    clock = Clock(monkeypatch, engine, lambda n: 1.0 + 0.02 * n)
+    monkeypatch.setattr(unions.time, "perf_counter", lambda: clock.time)
+    texts = {(): [*request.prompt, *plain.tokens]}
+    costly = Costly(clock, seconds, texts, skill)
+    union = Union([Oracle(texts, tiny.VOCAB, other), costly], engine.pass_cost)
+    out = engine.run([(request, Parts(union, budget=8, measured=True))])[0][0]
+    assert out.tokens == plain.tokens
+    assert low <= costly.asked <= high
+    assert clock.time <= 400 * 1.02 * 1.06  # never much slower than plain decoding

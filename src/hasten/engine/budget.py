@@ -24,7 +24,7 @@ _BINS = 20  # bins of a drafter's scores
 _KEEP = 0.98  # weight of a bin's past against its next observation: about 50 observations count
 _ROW = 6.0  # observations by which one row's acceptance is drawn to that of all rows
 _PRIOR = 4.0  # observations that the drafter's own score is worth
-_CHEAP = 0.04  # share of a plain pass that drafting may take before it is weighed before it is done
+CHEAP = 0.04  # share of a plain pass that drafting may take before it is weighed before it is done
 
 
 @dataclass(slots=True)
@@ -256,7 +256,7 @@ class Budget:
         book, rows, cap = self.book(drafter), len(caps), max(caps)
         plain = self.cost(rows, rows)
         drafting = book.cost(rows, rows + sum(caps))
-        if drafter.draws == "point" and drafting <= _CHEAP * plain:
+        if drafter.draws == "point" and (drafting <= CHEAP * plain or getattr(drafter, "weighed", False)):
             return list(caps)
         if not plain:
             return [0] * rows

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from hasten.engine.ar import AutoregressiveLoop, Row
+from hasten.engine.budget import PassCost
 from hasten.engine.cache import RowCache
 from hasten.engine.contracts import Backbone, Drafter, Law, LogitsRule
 from hasten.engine.limits import LIMITS
@@ -77,9 +78,10 @@ class Engine:
         """True when nothing waits or runs."""
         return self.scheduler.idle
 
-    def pass_seconds(self, rows: int = 1) -> dict[int, float]:
-        """Query tokens -> seconds of a decoding pass of `rows` rows, as measured so far."""
-        return self._loop.budget.cost.table(rows)
+    @property
+    def pass_cost(self) -> PassCost:
+        """What decoding passes cost on this machine, as measured so far."""
+        return self._loop.budget.cost
 
     def add(self, request: Request, parts: Parts = PLAIN) -> int:
         """Queue a request and return its id; everything that can be refused is refused here, before any work.

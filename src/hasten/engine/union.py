@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import heapq
+import time
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from torch import Tensor
 
-from hasten.engine.budget import Acceptance
+from hasten.engine.budget import CHEAP, GRID, Acceptance, PassCost, paths
 from hasten.engine.contracts import EMPTY_DRAFT, NO_NEEDS, Draft, Drafter, Draws, Feedback, Needs, RowView
 from hasten.errors import ConfigError
+
+_TYPICAL = 8  # nodes of one row by which members are compared
+
+
+class _Record:
+    """What a member costs and gives: times by rows, tokens it promises per row, and how long it was not asked."""
+
+    def __init__(self) -> None:
+        self.times = PassCost()
+        self.gain = 2.0  # before anything was seen: worth a try
+        self.skipped, self.patience = 0, 8
+
+    def seconds(self, rows: int) -> float:
+        """The time of one round of drafting, 0 when unknown."""
+        return self.times(rows, rows)
 
 
 class Union:
@@ -18,15 +34,19 @@ class Union:
 
     Nodes of different drafters are compared by each one's measured acceptance, and a node that several propose counts as
     the surest says. Members that sample are judged like the others (law match), so that merging changes no result.
-    Raises ConfigError for fewer than two members.
+    With `cost`, the measured times of passes, a member that takes time itself is asked only when its tokens are worth more
+    than that beside what the others have drafted. Raises ConfigError for fewer than two members.
     """
 
     draws: Draws = "point"
+    weighed = True  # by itself, member by member
 
-    def __init__(self, members: Sequence[Drafter]) -> None:
+    def __init__(self, members: Sequence[Drafter], cost: PassCost | None = None) -> None:
         if len(members) < 2:
             raise ConfigError(f"a union of {len(members)} drafters; name at least two", field="method")
         self.members = tuple(members)
+        self._cost = cost
+        self._records = [_Record() for _ in members]
         self.name = "+".join(member.name for member in members)
         self.scope: Literal["row", "shared"] = "shared" if any(m.scope == "shared" for m in members) else "row"
         self._acceptance = [Acceptance() for _ in members]
@@ -57,14 +77,48 @@ class Union:
     def propose(self, rows: Sequence[RowView], budgets: Sequence[int]) -> Sequence[Draft]:
         """One merged tree per row, likeliest nodes first, each with its measured chance as score."""
         parts: list[list[tuple[Draft, list[float]]]] = [[] for _ in rows]
-        for member, acceptance in zip(self.members, self._acceptance, strict=True):
-            asked = [min(budget, member.max_nodes(budget)) for budget in budgets]
-            for part, row, draft in zip(parts, rows, member.propose(rows, asked), strict=True):
+        count = len(rows)
+        plain = 0.0 if self._cost is None else self._cost(count, count)
+        for acceptance in self._acceptance:
+            for row in rows:
                 acceptance.judge(row.id, row.tokens)
+        order = sorted(range(len(self.members)), key=lambda i: self._records[i].seconds(count))
+        for i in order:
+            member, acceptance, record = self.members[i], self._acceptance[i], self._records[i]
+            costs = record.seconds(count)
+            if plain and costs > CHEAP * plain and not self._pays(record, parts, costs, count):
+                continue
+            started = time.perf_counter()
+            asked = [min(budget, member.max_nodes(budget)) for budget in budgets]
+            gained = 0.0
+            for part, row, draft in zip(parts, rows, member.propose(rows, asked), strict=True):
                 if len(draft):
-                    part.append((draft, acceptance.chances(row.id, draft)))
+                    chances = acceptance.chances(row.id, draft)
+                    gained += sum(sorted(paths(draft, chances), reverse=True)[:_TYPICAL])
+                    part.append((draft, chances))
                     acceptance.watch(row.id, len(row.tokens), draft)
+            record.times.record(count, count, time.perf_counter() - started)
+            record.gain += 0.1 * (gained / count - record.gain)
         return [merge(part, budget) for part, budget in zip(parts, budgets, strict=True)]
+
+    def _pays(self, record: _Record, parts: Sequence[list[tuple[Draft, list[float]]]], seconds: float, rows: int) -> bool:
+        """Whether a member that takes `seconds` promises more tokens per second than what is drafted already."""
+        assert self._cost is not None  # noqa: S101 - asked for only with measured passes
+        reach = sorted((c for part in parts for draft, chances in part for c in paths(draft, chances)), reverse=True)
+        without, total = rows / self._cost(rows, rows), 0.0
+        for nodes, chance in enumerate(reach[: GRID[-1]], 1):
+            total += chance
+            if nodes in GRID:
+                without = max(without, (rows + total) / self._cost(rows, rows + nodes))
+        promised = rows + max(rows * record.gain, sum(reach[: rows * _TYPICAL]))
+        if promised / (self._cost(rows, rows * (1 + _TYPICAL)) + seconds) > without:
+            record.skipped, record.patience = 0, 8
+            return True
+        record.skipped += 1
+        if record.skipped < record.patience:
+            return False
+        record.skipped, record.patience = 0, min(2 * record.patience, 64)  # look again, ever more rarely
+        return True
 
     def observe(self, feedback: Sequence[Feedback]) -> None:
         """Every member hears what it asked for, and no more."""
