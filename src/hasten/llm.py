@@ -186,7 +186,7 @@ class LLM:
         if not isinstance(self.model, Transformer):
             return AUTO
         try:
-            weights_path(TRAINED, self.name)
+            weights_path(TRAINED, self.model, self.name)
         except ConfigError:  # none was trained
             return AUTO
         return (*AUTO, TRAINED)

@@ -8,7 +8,7 @@ import tiny
 import torch
 
 from hasten.engine.contracts import MethodContext
-from hasten.models.feature import FeatureModel
+from hasten.models.feature import FeatureModel, identity
 from hasten.models.transformer import Transformer
 
 
@@ -18,10 +18,10 @@ def layer(kind: str, target: Transformer, seed: int = 0, ffn: int = 40, kept: in
     return FeatureModel(kind, target, ids, ffn).reset(seed)
 
 
-def saved(folder: Path, kind: str, target: Transformer, name: str = "tiny", **options: int) -> Path:
+def saved(folder: Path, kind: str, target: Transformer, **options: int) -> Path:
     """A file with a random layer for `target`."""
     path = folder / f"{kind}.safetensors"
-    layer(kind, target, **options).save(path, name, {"steps": 0})
+    layer(kind, target, **options).save(path, identity(target, ""), {"steps": 0})
     return path
 
 

@@ -15,7 +15,7 @@ from hasten.draft.eagle import Config, Eagle
 from hasten.engine.contracts import Feedback, Needs, RowInput, RowView
 from hasten.engine.engine import PLAIN, Parts
 from hasten.errors import ConfigError, FormatError, IncompatibleError
-from hasten.models.feature import load_feature_model, weights_path
+from hasten.models.feature import identity, load_feature_model, weights_path
 from hasten.types import Request, SamplingParams
 
 
@@ -87,7 +87,7 @@ def test_the_cached_search_is_the_one_written_out(tmp_path, kind, chunks):
         if p.ndim == 2:
             p.data *= 12  # far from uniform, so that ties and rounding decide nothing
     path = tmp_path / "one.safetensors"
-    model.save(path, "tiny", {})
+    model.save(path, identity(target, ""), {})
     method = Eagle if kind == "eagle" else Fspad
     drafter = method(Config(str(path), nodes=9, depth=3, width=3, floor=0.0), context(engine))
     r = random.Random(1)
@@ -98,7 +98,7 @@ def test_the_cached_search_is_the_one_written_out(tmp_path, kind, chunks):
     for chunk in chunks:
         drafter.observe([Feedback(1, (), tuple(tokens[at : at + chunk]), (), 0, final=done.final_hidden[at : at + chunk])])
         at += chunk
-        reread = load_feature_model(path, kind, target, "tiny")
+        reread = load_feature_model(path, kind, target)
         [draft] = drafter.propose([RowView(1, tokens[: at + 1], 50, 0.0, 0)], [9])
         drafted: list[tuple[int, ...]] = []
         for token, parent in zip(draft.tokens, draft.parents, strict=True):
@@ -167,19 +167,22 @@ def test_a_layer_of_another_kind_model_or_shape_is_refused(tmp_path, monkeypatch
     engine = tiny.engine()
     eagle = saved(tmp_path, "eagle", engine.backbone)
     with pytest.raises(ConfigError, match=r"eagle.*fspad"):
-        load_feature_model(eagle, "fspad", engine.backbone, "tiny")
-    with pytest.raises(ConfigError, match=r"'tiny'.*'other'"):
-        load_feature_model(eagle, "eagle", engine.backbone, "other")
+        load_feature_model(eagle, "fspad", engine.backbone)
+    assert identity(tiny.model(), "x") == identity(engine.backbone, "y")
+    assert identity(tiny.model(seed=7), "x") != identity(engine.backbone, "x")
+    with pytest.raises(ConfigError, match=r"trained for model 'llama-\w+', not 'llama-\w+'"):
+        load_feature_model(eagle, "eagle", tiny.model(seed=7))
     wide = tiny.model(dataclasses.replace(tiny.PLAIN, hidden=60, head_dim=16))
+    layer("eagle", engine.backbone).save(tmp_path / "wide.safetensors", identity(wide, ""), {})
     with pytest.raises(FormatError, match="shape"):
-        load_feature_model(eagle, "eagle", wide, "tiny")
+        load_feature_model(tmp_path / "wide.safetensors", "eagle", wide)
     monkeypatch.setenv("HASTEN_HOME", str(tmp_path / "home"))
     with pytest.raises(ConfigError, match="hasten train eagle tiny"):
-        weights_path("eagle", "tiny")
+        weights_path("eagle", engine.backbone, "tiny")
     blob = eagle.read_bytes()
     for cut in (0, 7, len(blob) // 2, len(blob) - 1):
         (tmp_path / "cut.safetensors").write_bytes(blob[:cut])
         with pytest.raises(FormatError, match=r"cut\.safetensors"):
-            load_feature_model(tmp_path / "cut.safetensors", "eagle", engine.backbone, "tiny")
+            load_feature_model(tmp_path / "cut.safetensors", "eagle", engine.backbone)
     with pytest.raises(IncompatibleError, match=r"eagle.*transformers"):
         Eagle(Config(), type(context(engine))("tiny", SimpleNamespace(name="transformers")))

@@ -101,10 +101,10 @@ def test_an_eagle_file_and_missing_tensors_are_refused(tmp_path):
         other = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     save_file(other, path, facts)
     with pytest.raises(FormatError, match=r"missing .*gate"):
-        load_feature_model(path, "fspad", engine.backbone, "tiny")
+        load_feature_model(path, "fspad", engine.backbone)
     state.pop("join.weight")
     save_file({**state, "extra": torch.zeros(1)}, path, facts)
     with pytest.raises(FormatError, match=r"missing join\.weight; unexpected extra"):
-        load_feature_model(path, "fspad", engine.backbone, "tiny")
+        load_feature_model(path, "fspad", engine.backbone)
     with pytest.raises(ConfigError, match=r"fspad\.depth.*0"):
         Config(depth=0)

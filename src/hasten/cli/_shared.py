@@ -118,8 +118,9 @@ def output_json(llm: LLM, output: Output) -> dict[str, Any]:
 def stats_line(output: Output) -> str:
     """Speed and cost of one output, for people."""
     u = output.usage
+    drafting = f"{u.draft_s / u.decode_s:.0%} of the time drafting, " if u.drafted_tokens and u.decode_s else ""
     return (
-        f"[{u.completion_tokens} tokens, {u.tokens_per_s:.1f} tokens/s, {u.tokens_per_forward:.2f} tokens per forward, "
+        f"[{u.completion_tokens} tokens, {u.tokens_per_s:.1f} tokens/s, {u.tokens_per_forward:.2f} tokens per forward, {drafting}"
         f"prompt {u.prompt_tokens} tokens in {u.prefill_s:.2f} s, seed {output.seed}]"
     )
 

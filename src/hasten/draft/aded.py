@@ -111,7 +111,7 @@ class Aded:
         self.table = table
         if table is None and config.table != "none":
             try:
-                path = weights_path("aded", context.model, "" if config.table == "auto" else config.table)
+                path = weights_path("aded", context.backbone, context.model, "" if config.table == "auto" else config.table)
             except ConfigError:
                 path = None  # nothing was counted for this model: it starts from the text alone
             if path is not None:

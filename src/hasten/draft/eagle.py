@@ -64,8 +64,8 @@ class Eagle(FeatureTree):
                 hint="choose another method (`hasten methods`)",
                 field="method",
             )
-        path = weights_path("eagle", context.model, config.weights)
-        layer = load_feature_model(path, "eagle", target, context.model)
+        path = weights_path("eagle", target, context.model, config.weights)
+        layer = load_feature_model(path, "eagle", target)
         self.config = config
         super().__init__(
             layer,

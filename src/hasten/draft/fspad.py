@@ -64,8 +64,8 @@ class Fspad(FeatureTree):
                 hint="choose another method (`hasten methods`)",
                 field="method",
             )
-        path = weights_path("fspad", context.model, config.weights)
-        layer = load_feature_model(path, "fspad", target, context.model)
+        path = weights_path("fspad", target, context.model, config.weights)
+        layer = load_feature_model(path, "fspad", target)
         self.config = config
         super().__init__(
             layer,

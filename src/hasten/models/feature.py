@@ -9,6 +9,7 @@ embedding gates a small network over the feature, and the layer has two outputs,
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Literal, cast
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hasten.engine.contracts import Pass, RowInput
+from hasten.engine.contracts import Backbone, Pass, RowInput
 from hasten.errors import ConfigError, FormatError, out_of_range
 from hasten.models.config import Layer, ModelConfig
 from hasten.models.fetch import cache_dir
@@ -145,7 +146,7 @@ class FeatureModel(Transformer):
         return done.hidden[1], done
 
     def save(self, path: Path, target: str, about: dict[str, object]) -> None:
-        """Write the trained weights, the kept ids, the target's name and facts about the training."""
+        """Write the trained weights in 8 bits, the kept ids, the target's `identity` and facts about the training."""
         facts = {"hasten": "feature-drafter", "kind": self.kind, "target": target, "ffn": str(self.config.ffn)}
         state: dict[str, Tensor] = {"kept": self.kept.int()}
         for name, p in self.trained():
@@ -159,15 +160,28 @@ class FeatureModel(Transformer):
         save_file(state, path, {**facts, "about": json.dumps(about)})
 
 
-def weights_path(slug: str, model: str, given: str = "") -> Path:
-    """Where the draft layer of a method for a model lies: `given`, else trained here (cache folder), else shipped.
+def identity(model: Backbone, name: str) -> str:
+    """What tells one model from another, however it was loaded: its family and a hash of its sizes and embeddings.
+
+    The same in float32 and bfloat16. Models outside hasten's own stack go by `name`.
+    """
+    if not isinstance(model, Transformer):
+        return name.replace("/", "--")
+    c = model.config
+    sizes = f"{c.vocab_size} {c.hidden} {len(c.layers)} {c.heads} {c.ffn}"
+    rows = model.embed.weight.detach()[:256].to(torch.bfloat16).view(torch.int16).numpy().tobytes()
+    return f"{c.family}-{hashlib.sha256(sizes.encode() + rows).hexdigest()[:12]}"
+
+
+def weights_path(slug: str, backbone: Backbone, model: str, given: str = "") -> Path:
+    """Where what a method needs for a model lies: `given`, else made here (cache folder), else shipped.
 
     Raises ConfigError when there is none.
     """
     if given:
         return Path(given)
     for folder in (cache_dir() / "drafters", Path(__file__).parent.parent / "weights"):
-        path = folder / model.replace("/", "--") / f"{slug}.safetensors"
+        path = folder / identity(backbone, model) / f"{slug}.safetensors"
         if path.exists():
             return path
     raise ConfigError(
@@ -177,7 +191,7 @@ def weights_path(slug: str, model: str, given: str = "") -> Path:
     )
 
 
-def load_feature_model(path: str | Path, kind: Kind, target: Transformer, name: str) -> FeatureModel:
+def load_feature_model(path: str | Path, kind: Kind, target: Transformer) -> FeatureModel:
     """The draft layer stored at `path`, in the target's precision, packed.
 
     Raises FormatError naming missing, unexpected or wrongly shaped tensors, ConfigError for another kind or target.
@@ -194,9 +208,10 @@ def load_feature_model(path: str | Path, kind: Kind, target: Transformer, name: 
         raise FormatError(f"{path} holds no draft layer", hint="give a file made by `hasten train`", field="weights")
     if facts.get("kind") != kind:
         raise ConfigError(f"{path} holds a draft layer of kind {facts.get('kind')!r}, not {kind!r}", field="weights")
-    if facts.get("target") != name:
+    own = identity(target, "")
+    if facts.get("target") != own:
         raise ConfigError(
-            f"{path} was trained for model {facts.get('target')!r}, not {name!r}", hint="train one for it", field="weights"
+            f"{path} was trained for model {facts.get('target')!r}, not {own!r}", hint="train one for it", field="weights"
         )
     state = {key: value for key, value in stored.items() if not key.endswith(".scale")}
     for key, scale in stored.items():
@@ -214,7 +229,7 @@ def load_feature_model(path: str | Path, kind: Kind, target: Transformer, name: 
         if key in state and state[key].shape != p.shape
     ]
     if problems:
-        raise FormatError(f"{path} does not fit {name}: {'; '.join(problems[:6])}", field="weights")
+        raise FormatError(f"{path} does not fit {own}: {'; '.join(problems[:6])}", field="weights")
     for key, p in wanted.items():
         p.data = state[key].to(model.dtype)
     model.eval().requires_grad_(False).pack()

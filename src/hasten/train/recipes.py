@@ -12,7 +12,7 @@ import torch
 
 from hasten.draft._trigrams import Trigrams, fingerprint
 from hasten.errors import IncompatibleError, out_of_range, unknown_name
-from hasten.models.feature import FeatureModel, Kind
+from hasten.models.feature import FeatureModel, Kind, identity
 from hasten.models.fetch import cache_dir
 from hasten.models.transformer import Transformer
 from hasten.train import features as training
@@ -73,7 +73,7 @@ def train(
         )
     show = progress or (lambda what, done, total: None)
     started = time.perf_counter()
-    place = llm.name.replace("/", "--")
+    place = identity(target, llm.name)
     work = work or cache_dir() / "train" / place
     work.mkdir(parents=True, exist_ok=True)
     out = out or cache_dir() / "drafters" / place / f"{slug}.safetensors"
@@ -106,7 +106,7 @@ def train(
         "parameters": sum(p.numel() for _, p in model.trained()),
         "agreement_by_depth": [round(value, 4) for value in agreement],
     }
-    model.save(out, llm.name, dict(facts))
+    model.save(out, place, dict(facts))
     return {**facts, "path": str(out), "bytes": out.stat().st_size, "seconds": round(time.perf_counter() - started, 1)}
 
 
