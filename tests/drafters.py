@@ -57,7 +57,7 @@ class RandomTree(Stub):
     """Random trees of random size, with repeated siblings."""
 
     name = "random-tree"
-    needs = Needs(hidden=(1,), final_hidden=True, topk=3, logits=True, feedback="all", prompt=True)
+    needs = Needs(hidden=(1,), final_hidden=True, topk=3, logits=True, feedback="all", prompt=True, prompt_logits=True)
 
     def __init__(self, vocab: int, seed: int = 0) -> None:
         super().__init__()

@@ -74,7 +74,14 @@ def test_every_block_is_run_or_excused():
     assert {block.kind for block in ALL if block.place.startswith("README")} == {*RUN, "text"}
     assert {block.kind for block in ALL} <= {*RUN, "text"}
     excused = [block for block in ALL if block.excuse]
-    assert len(excused) == 1
+    assert [block.excuse for block in excused if block.place.startswith("README")] == [excused[0].excuse]
+    reasons = (
+        "takes about 45 minutes",
+        "writing the answers takes about 15",
+        "needs the trained layer",
+        "needs a second model",
+    )
+    assert all(block.excuse.startswith(reasons) for block in excused[1:]), [block.excuse for block in excused]
     lines = [line.partition("#")[0].strip() for line in excused[0].text.splitlines()]
     assert lines == ["make demo", "make test"]
 

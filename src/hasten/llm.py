@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[int]
 Message = Mapping[str, object]
 AUTO: tuple[str, ...] = ("prompt-lookup", "token-recycling")  # what "auto" drafts with: exact, untrained, any causal model
-TRAINED = "fspad"  # and with this, where a layer was trained for the model
+TRAINED = ("aded", "fspad")  # and with those of these that were made for the model
 _SAMPLING = tuple(f.name for f in fields(SamplingParams))
 
 
@@ -179,17 +180,18 @@ class LLM:
         return self._parts[names]
 
     def _auto(self) -> tuple[str, ...]:
-        """What "auto" drafts with: what needs no training, and the trained layer of this model where there is one."""
+        """What "auto" drafts with: what needs no training, and what was counted or trained for this model."""
         from hasten.models.feature import weights_path
         from hasten.models.transformer import Transformer
 
         if not isinstance(self.model, Transformer):
             return AUTO
-        try:
-            weights_path(TRAINED, self.model, self.name)
-        except ConfigError:  # none was trained
-            return AUTO
-        return (*AUTO, TRAINED)
+        names = list(AUTO)
+        for slug in TRAINED:
+            with suppress(ConfigError):  # none was made for this model
+                weights_path(slug, self.model, self.name)
+                names.append(slug)
+        return tuple(names)
 
     def _build(self, names: tuple[str, ...]) -> Parts:
         from hasten.engine.contracts import MethodContext, check_needs

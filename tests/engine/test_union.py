@@ -98,14 +98,20 @@ class Listener(Stub):
 
 def test_members_hear_what_they_asked_for():
     engine = tiny.engine()
-    shy, curious = Listener(Needs()), Listener(Needs(topk=2, hidden=(1,), feedback="all", prompt=True))
-    union = Union([shy, curious, RandomTree(tiny.VOCAB)])
+    shy = Listener(Needs())
+    curious = Listener(Needs(topk=2, hidden=(1,), feedback="all", prompt=True, prompt_logits=True))
+    reader = Listener(Needs(final_hidden=True, topk=1, prompt=True))
+    union = Union([shy, curious, reader, RandomTree(tiny.VOCAB)])
     request = Request((5, 9, 13, 2), SamplingParams(max_tokens=20, ignore_eos=True))
     engine.run([(request, Parts(union, budget=6))])
     assert all(report.nodes for report in shy.heard)
     assert all(report.topk is None and not report.hidden and report.final is None for report in shy.heard)
     assert all(len(report.tokens) == 1 + len(report.path) for report in shy.heard)
     assert any(not report.nodes for report in curious.heard)
+    for report in reader.heard:
+        assert report.final is not None
+        assert (report.topk is None) == (not report.nodes)
+    assert any(not report.nodes for report in reader.heard)
     assert any(len(report.tokens) > 1 + len(report.path) for report in curious.heard)
     for report in curious.heard:
         assert report.topk.shape == report.topk_logits.shape == (len(report.tokens), 2)

@@ -120,8 +120,8 @@ def stats_line(output: Output) -> str:
     u = output.usage
     drafting = f"{u.draft_s / u.decode_s:.0%} of the time drafting, " if u.drafted_tokens and u.decode_s else ""
     return (
-        f"[{u.completion_tokens} tokens, {u.tokens_per_s:.1f} tokens/s, {u.tokens_per_forward:.2f} tokens per forward, {drafting}"
-        f"prompt {u.prompt_tokens} tokens in {u.prefill_s:.2f} s, seed {output.seed}]"
+        f"[{u.completion_tokens} tokens, {u.tokens_per_s:.1f} tokens/s, {u.tokens_per_forward:.2f} tokens per forward, "
+        f"{drafting}prompt {u.prompt_tokens} tokens in {u.prefill_s:.2f} s, seed {output.seed}]"
     )
 
 

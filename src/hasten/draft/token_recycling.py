@@ -124,7 +124,7 @@ class TokenRecycling:
         if config.k > vocab:
             raise out_of_range("token-recycling.k", config.k, f"at most the vocabulary of {vocab}")
         self.config, self.vocab, self.model = config, vocab, context.model
-        self.needs = Needs(topk=config.k, feedback="all", prompt=config.learn_prompt)
+        self.needs = Needs(topk=config.k, feedback="all", prompt=config.learn_prompt, prompt_logits=config.learn_prompt)
         self.scope: Literal["row", "shared"] = "shared" if config.table == "shared" else "row"
         self._paths = () if config.tree == "best" else paths(config.tree)
         self._empty = 0 if config.fill == "zero" else -1

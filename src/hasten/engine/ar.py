@@ -137,7 +137,7 @@ class _Turn:
     def heard(self) -> int:
         """Prompt tokens before the root whose logits the drafter asked for."""
         needs = NO_NEEDS if self.row.drafter is None else self.row.drafter.needs
-        return self.read if needs.prompt and (needs.topk or needs.logits) else 0
+        return self.read if needs.prompt and needs.prompt_logits else 0
 
     @property
     def read(self) -> int:
@@ -405,7 +405,7 @@ class AutoregressiveLoop:
         row, base = turn.row, turn.row.cache.length
         first = done.spans[index][0]
         span, heard = slice(first, first + turn.read), logits[: turn.heard]
-        topk = heard.topk(needs.topk) if needs.topk else None
+        topk = heard.topk(needs.topk) if needs.topk and turn.heard else None
         return Feedback(
             row=row.id,
             nodes=(),
@@ -416,7 +416,7 @@ class AutoregressiveLoop:
             final=done.final_hidden[span] if needs.final_hidden and done.final_hidden is not None else None,
             topk=None if topk is None else topk.indices,
             topk_logits=None if topk is None else topk.values,
-            logits=heard if needs.logits else None,
+            logits=heard if needs.logits and turn.heard else None,
         )
 
     def _prefilled(self, row: Row) -> None:

@@ -76,7 +76,8 @@ class Needs:
     `hidden`: hidden states entering these layers (0-based; `layers` = after the last). `final_hidden`: after the final
     norm. `topk`: ids and logits of the k best tokens at every verified node. `logits`: raw logits of every node.
     `embeds`: fused input embeddings. `feedback`: report accepted nodes only, or all. `prompt`: also report the prompt
-    as it is read. `pseudo`: placeholder positions inserted per row for one pass, invisible to real rows.
+    as it is read, and with `prompt_logits` the asked topk or logits there too, which costs the output layer over all of
+    it. `pseudo`: placeholder positions inserted per row for one pass, invisible to real rows.
     """
 
     hidden: tuple[int, ...] = ()
@@ -86,6 +87,7 @@ class Needs:
     embeds: bool = False
     feedback: Literal["accepted", "all"] = "accepted"
     prompt: bool = False
+    prompt_logits: bool = False
     pseudo: int = 0
 
     def union(self, other: Needs) -> Needs:
@@ -98,6 +100,7 @@ class Needs:
             embeds=self.embeds or other.embeds,
             feedback="all" if "all" in (self.feedback, other.feedback) else "accepted",
             prompt=self.prompt or other.prompt,
+            prompt_logits=self.prompt_logits or other.prompt_logits,
             pseudo=max(self.pseudo, other.pseudo),
         )
 

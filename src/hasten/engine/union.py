@@ -183,7 +183,8 @@ def _part(report: Feedback, needs: Needs) -> Feedback:
     def cut(value: Tensor | None, wanted: bool) -> Tensor | None:
         return None if value is None or not wanted else value if len(pick) == len(value) else value[pick]
 
-    topk, values = cut(report.topk, needs.topk > 0), cut(report.topk_logits, needs.topk > 0)
+    scored = bool(report.nodes) or needs.prompt_logits
+    topk, values = (cut(value, scored and needs.topk > 0) for value in (report.topk, report.topk_logits))
     return Feedback(
         row=report.row,
         nodes=tuple(report.nodes[i] for i in pick) if report.nodes else (),
@@ -198,5 +199,5 @@ def _part(report: Feedback, needs: Needs) -> Feedback:
         final=cut(report.final, needs.final_hidden),
         topk=None if topk is None else topk[:, : needs.topk],
         topk_logits=None if values is None else values[:, : needs.topk],
-        logits=cut(report.logits, needs.logits),
+        logits=cut(report.logits, scored and needs.logits),
     )
