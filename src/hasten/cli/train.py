@@ -16,7 +16,7 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="What to train: eagle, fspad or aded.")],
+    recipe: Annotated[str, typer.Argument(help="What to train: eagle, fspad, medusa or aded.")],
     model: Annotated[str, typer.Argument(help="The model it is for: catalog name, directory, hub id or file.")],
     texts: Annotated[int, typer.Option(help="Answers of the model to learn from.")] = 1600,
     answer: Annotated[int, typer.Option(help="Tokens of one answer at most.")] = 160,
@@ -50,5 +50,5 @@ def train(
     typer.echo(f"{facts['path']}: {facts['bytes'] / 1e6:.1f} MB in {facts['seconds'] / 60:.0f} min")
     if "agreement_by_depth" in facts:
         ahead = ", ".join(f"{value:.0%}" for value in facts["agreement_by_depth"])
-        typer.echo(f"best token as the model's, on texts it has not seen, 1 to 4 tokens ahead: {ahead}")
+        typer.echo(f"best token as the model's, on texts it has not seen, 1 token ahead and more: {ahead}")
     typer.echo(f"use it: hasten run {model} PROMPT --method {recipe}")

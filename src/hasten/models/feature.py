@@ -148,16 +148,21 @@ class FeatureModel(Transformer):
     def save(self, path: Path, target: str, about: dict[str, object]) -> None:
         """Write the trained weights in 8 bits, the kept ids, the target's `identity` and facts about the training."""
         facts = {"hasten": "feature-drafter", "kind": self.kind, "target": target, "ffn": str(self.config.ffn)}
-        state: dict[str, Tensor] = {"kept": self.kept.int()}
-        for name, p in self.trained():
-            weight = p.detach().float()
-            if weight.ndim < 2:
-                state[name] = weight.to(torch.bfloat16)
-                continue
-            scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127  # a drafter needs no more than 8 bits
-            state[name] = (weight / scale).round().to(torch.int8)
-            state[f"{name}.scale"] = scale.to(torch.bfloat16).float()
-        save_file(state, path, {**facts, "about": json.dumps(about)})
+        compress(self.trained(), self.kept, path, {**facts, "about": json.dumps(about)})
+
+
+def compress(trained: list[tuple[str, nn.Parameter]], kept: Tensor, path: Path, facts: dict[str, str]) -> None:
+    """Write weights with 8 bits and a scale per row (a drafter needs no more), the kept ids and `facts`."""
+    state: dict[str, Tensor] = {"kept": kept.int()}
+    for name, p in trained:
+        weight = p.detach().float()
+        if weight.ndim < 2:
+            state[name] = weight.to(torch.bfloat16)
+            continue
+        scale = (weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127).to(torch.bfloat16).float()
+        state[name] = (weight / scale).round().clamp(-127, 127).to(torch.int8)
+        state[f"{name}.scale"] = scale
+    save_file(state, path, facts)
 
 
 def identity(model: Backbone, name: str) -> str:
@@ -196,41 +201,56 @@ def load_feature_model(path: str | Path, kind: Kind, target: Transformer) -> Fea
 
     Raises FormatError naming missing, unexpected or wrongly shaped tensors, ConfigError for another kind or target.
     """
+    kept, facts, state = read_layer(path, "feature-drafter", kind, target, "ffn")
+    model = FeatureModel(kind, target, kept, int(facts["ffn"]))
+    fill(model.trained(), state, model.dtype, path)
+    model.eval().requires_grad_(False).pack()
+    return model
+
+
+def read_layer(
+    path: str | Path, what: str, kind: str, target: Transformer, size: str
+) -> tuple[Tensor, dict[str, str], dict[str, Tensor]]:
+    """(kept ids, facts, weights) of a file written by `compress`, checked against its kind and the target.
+
+    `size` names the fact that must be a number. Raises FormatError or ConfigError naming the file.
+    """
     try:
         with safe_open(path, "pt") as file:
             facts = file.metadata() or {}
             stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
-        raise FormatError(
-            f"{path} cannot be read ({error})", hint="give a file made by `hasten train`", field="weights"
-        ) from None
-    if facts.get("hasten") != "feature-drafter" or not facts.get("ffn", "").isdigit():
+        raise FormatError(f"{path} cannot be read ({error})", hint="give a file made by `hasten train`", field="weights") from None
+    if facts.get("hasten") not in ("feature-drafter", "medusa-heads"):
         raise FormatError(f"{path} holds no draft layer", hint="give a file made by `hasten train`", field="weights")
-    if facts.get("kind") != kind:
+    if facts.get("kind") != kind or facts["hasten"] != what:
         raise ConfigError(f"{path} holds a draft layer of kind {facts.get('kind')!r}, not {kind!r}", field="weights")
     own = identity(target, "")
     if facts.get("target") != own:
         raise ConfigError(
             f"{path} was trained for model {facts.get('target')!r}, not {own!r}", hint="train one for it", field="weights"
         )
+    if not facts.get(size, "").isdigit() or not 0 < int(facts[size]) <= 1 << 20:
+        raise FormatError(f"{path}: {size} = {facts.get(size)!r} is no size", hint="train it again", field="weights")
     state = {key: value for key, value in stored.items() if not key.endswith(".scale")}
     for key, scale in stored.items():
         whole = state.get(key.removesuffix(".scale"))
         if key.endswith(".scale") and whole is not None and whole.ndim == 2 and scale.shape == (len(whole), 1):
             state[key.removesuffix(".scale")] = whole.float() * scale
-    kept = state.pop("kept", torch.empty(0, dtype=torch.int32)).long()
-    model = FeatureModel(kind, target, kept, int(facts["ffn"]))
-    wanted = dict(model.trained())
-    problems = [f"missing {key}" for key in wanted if key not in state]
-    problems += [f"unexpected {key}" for key in state if key not in wanted]
+    return state.pop("kept", torch.empty(0, dtype=torch.int32)).long(), facts, state
+
+
+def fill(wanted: list[tuple[str, nn.Parameter]], state: dict[str, Tensor], dtype: torch.dtype, path: str | Path) -> None:
+    """Put weights into parameters; raises FormatError naming missing, unexpected or wrongly shaped tensors."""
+    names = dict(wanted)
+    problems = [f"missing {key}" for key in names if key not in state]
+    problems += [f"unexpected {key}" for key in state if key not in names]
     problems += [
         f"{key} has shape {tuple(state[key].shape)}, not {tuple(p.shape)}"
-        for key, p in wanted.items()
+        for key, p in names.items()
         if key in state and state[key].shape != p.shape
     ]
     if problems:
-        raise FormatError(f"{path} does not fit {own}: {'; '.join(problems[:6])}", field="weights")
-    for key, p in wanted.items():
-        p.data = state[key].to(model.dtype)
-    model.eval().requires_grad_(False).pack()
-    return model
+        raise FormatError(f"{path} does not fit the model: {'; '.join(problems[:6])}", field="weights")
+    for key, p in names.items():
+        p.data = state[key].to(dtype)

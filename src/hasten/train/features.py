@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,17 @@ from torch import Tensor
 from hasten.engine.contracts import Needs, RowInput
 from hasten.errors import ConfigError, HastenError, out_of_range
 from hasten.models.feature import FeatureModel
+from hasten.models.heads import MedusaHeads
 from hasten.models.transformer import Transformer
 from hasten.train.self_text import Texts
+
+
+class Trainable(Protocol):
+    """What `fit` changes."""
+
+    def trained(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """(name, parameter) of everything that training changes."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,17 +131,40 @@ def loss(
     return total, agreement
 
 
+def medusa_loss(
+    model: MedusaHeads, target: Transformer, ids: Tensor, states: Tensor, weight: Tensor, config: Config, noise: Tensor | None
+) -> tuple[Tensor, list[float]]:
+    """As `loss`, for Medusa heads: cross-entropy of head k to the target's distribution k places on, times decay^(k - 1)."""
+    head = model.head.weight
+    assert head is not None  # noqa: S101 - a model in training is not packed
+    final = states if noise is None else states + noise
+    ahead = F.linear(model.states(final.to(head.dtype)), head).float()
+    with torch.no_grad():
+        teacher = F.linear(states.to(head.dtype), head).float()
+        share, best = teacher.softmax(-1), teacher.argmax(-1)
+    total = torch.zeros(())
+    agreement: list[float] = []
+    for k in range(1, model.count + 1):
+        logits, mask = ahead[:, : -k - 1, k - 1], weight[:, k + 1 :]
+        count = mask.sum().clamp(min=1)
+        entropy = -(share[:, k:-1] * logits.log_softmax(-1)).sum(-1)
+        total = total + config.decay ** (k - 1) * (entropy * mask).sum() / count
+        agreement.append(float(((logits.argmax(-1) == best[:, k:-1]) * mask).sum() / count))
+    return total, agreement
+
+
 def fit(
-    model: FeatureModel,
+    model: Trainable,
     target: Transformer,
     data: list[tuple[Tensor, Tensor, int]],
     config: Config,
     *,
+    loss: Callable[..., tuple[Tensor, list[float]]] = loss,
     checkpoint: Path | None = None,
     every: int = 100,
     report: Callable[[int, float, list[float]], None] | None = None,
 ) -> None:
-    """Train `model` on (ids, states, prompt length) examples; with `checkpoint` it continues where a run was cut.
+    """Train `model` by `loss` on (ids, states, prompt length) examples; with `checkpoint` it continues where a run was cut.
 
     A resumed run takes the same steps as one that was never cut. Raises HastenError naming the step when the loss is not
     finite, ConfigError when the checkpoint belongs to other settings.

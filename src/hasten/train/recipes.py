@@ -14,6 +14,7 @@ from hasten.draft._trigrams import Trigrams, fingerprint
 from hasten.errors import IncompatibleError, out_of_range, unknown_name
 from hasten.models.feature import FeatureModel, Kind, identity
 from hasten.models.fetch import cache_dir
+from hasten.models.heads import MedusaHeads
 from hasten.models.transformer import Transformer
 from hasten.train import features as training
 from hasten.train.self_text import Texts, prompts, write
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 RECIPES = {
     "eagle": "one decoder layer that continues the model's hidden states (EAGLE)",
     "fspad": "EAGLE's layer with feature sampling and partial alignment (FSPAD)",
+    "medusa": "heads that guess the next tokens from the model's last state (Medusa)",
     "aded": "statistics of three tokens in a row over the model's own answers (ADED); seconds, once these are written",
 }
 Progress = Callable[[str, int, int], None]
@@ -31,7 +33,10 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Sizes of a training: `texts` answers of at most `answer` tokens, `vocab` ids drafted, `steps` of `tokens` tokens."""
+    """Sizes of a training: `texts` answers of at most `answer` tokens, `vocab` ids drafted, `steps` of `tokens` tokens.
+
+    `heads` is the number of Medusa's.
+    """
 
     texts: int = 1600
     answer: int = 160
@@ -39,10 +44,11 @@ class Recipe:
     steps: int = 1200
     tokens: int = 2048
     held_out: int = 60
+    heads: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("texts", 8), ("answer", 4), ("vocab", 16), ("steps", 1), ("tokens", 64), ("held_out", 1)):
+        for name, least in (("texts", 8), ("answer", 4), ("vocab", 16), ("steps", 1), ("tokens", 64), ("held_out", 1), ("heads", 1)):
             if getattr(self, name) < least:
                 raise out_of_range(f"train.{name}", getattr(self, name), f"at least {least}")
         if self.held_out >= self.texts:
@@ -85,15 +91,19 @@ def train(
     target = cast(Transformer, target)
     kept = training.frequent(learnt, recipe.vocab, target.config.vocab_size)
     data = _states("reading texts", target, learnt, show)
-    model = FeatureModel(cast(Kind, slug), target, kept, dtype=torch.float32).reset(recipe.seed)
+    model: FeatureModel | MedusaHeads
+    if slug == "medusa":
+        model, loss = MedusaHeads(target, kept, recipe.heads, torch.float32), training.medusa_loss
+    else:
+        model, loss = FeatureModel(cast(Kind, slug), target, kept, dtype=torch.float32).reset(recipe.seed), training.loss
     config = training.Config(steps=recipe.steps, tokens=recipe.tokens, seed=recipe.seed)
     show("training", 0, recipe.steps)
     training.fit(
-        model, target, data, config,
+        model, target, data, config, loss=loss,
         checkpoint=work / f"{slug}.checkpoint",
         report=lambda step, value, agreement: show("training", step, recipe.steps),
     )  # fmt: skip
-    agreement = held_out(model, target, held)
+    agreement = held_out(model, target, held, loss)
     facts = {
         "recipe": slug,
         "target": llm.name,
@@ -138,16 +148,18 @@ def _states(what: str, target: Transformer, texts: Texts, show: Progress) -> lis
     return data
 
 
-def held_out(model: FeatureModel, target: Transformer, texts: Texts, depth: int = 4) -> list[float]:
-    """How often the layer's best token is the target's, one value per token ahead, its own features fed back."""
+def held_out(
+    model: FeatureModel | MedusaHeads, target: Transformer, texts: Texts, loss: Callable[..., Any], depth: int = 4
+) -> list[float]:
+    """How often the drafter's best token is the target's, one value per token ahead, a layer's own features fed back."""
     data = [one for batch in training.features(target, texts) for one in batch]
     config = training.Config(unroll=depth)
-    sums, weight = [0.0] * depth, 0.0
+    sums, weight = [0.0] * (model.count if isinstance(model, MedusaHeads) else depth), 0.0
     with torch.no_grad():
         for start in range(0, len(data), 8):
             ids, states, mask = training.pad(data[start : start + 8])
             count = float(mask[:, 2:].sum())
-            agreement = training.loss(model, target, ids, states, mask, config, None)[1]
+            agreement = loss(model, target, ids, states, mask, config, None)[1]
             sums = [total + count * value for total, value in zip(sums, agreement, strict=True)]
             weight += count
     return [total / max(weight, 1.0) for total in sums]
