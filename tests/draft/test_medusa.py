@@ -90,9 +90,7 @@ def test_heads_learn_from_a_targets_texts():
     told = Texts(
         torch.tensor([t for one in texts for t in one], dtype=torch.int32), torch.tensor([28] * 48), torch.tensor([4] * 48)
     )
-    learnt, held = (
-        [one for batch in features(engine.backbone, part, 300) for one in batch] for part in told.split(8)
-    )
+    learnt, held = ([one for batch in features(engine.backbone, part, 300) for one in batch] for part in told.split(8))
     model = MedusaHeads(engine.backbone, torch.arange(tiny.VOCAB), 2)
     config = TrainConfig(steps=60, tokens=300, lr=3e-3, warmup=5)
     before = medusa_loss(model, engine.backbone, *pad(held), config, None)[1]

@@ -1,4 +1,4 @@
-"""Medusa: heads on the target's last state guess the tokens one, two, three ... places on, each without seeing the others."""
+"""Medusa: heads on the target's last state guess the next tokens, each without knowing what the others chose."""
 
 from __future__ import annotations
 

@@ -277,7 +277,7 @@ class AutoregressiveLoop:
                 return
         started_s = self.trace.now()
         drafts = drafter.propose([turn.row.view() for turn in waiting], budgets)
-        if measured:
+        if measured and any(map(len, drafts)):  # before the prompt is read there may be nothing to draft from
             self.budget.book(drafter).cost.record(rows, rows + sum(budgets), self.trace.now() - started_s)
         for turn, budget, draft in zip(waiting, budgets, drafts, strict=True):
             check_draft(draft, budget, self.backbone.capabilities.vocab_size)

@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 
 from hasten.engine.contracts import Draft, Drafter
 
+# few sizes, so that each is soon known; with the root 32 tokens, the most of which attention treats all alike
+GRID = (*range(9), *range(10, 17, 2), 20, 24, 28, 31, *range(40, 257, 8))
 _WINDOW = 7  # passes of one size that are remembered; the fastest counts, since noise only ever adds time
 _STALE = 256  # passes after which an unused size is forgotten, so that one bad moment is not held against it for ever
-_SWEEP = 64
+_SWEEP = 64  # passes between two looks for unused sizes
 _FIRST = 0.8  # the first pass of a size pays for what is set up once: so much of it counts, until the second
 _GROWTH = 3  # a pass is at most so many times as large as any tried before
 _STEP = 0.01  # share of a plain pass that one more token is thought to cost before it was tried
@@ -41,6 +43,7 @@ class PassCost:
 
     def __init__(self) -> None:
         self._sizes: dict[int, dict[int, _Size]] = {}  # rows -> tokens -> times
+        self._fastest: dict[int, dict[int, float]] = {}
         self._passes = 0
 
     def record(self, rows: int, tokens: int, seconds: float) -> None:
@@ -56,13 +59,15 @@ class PassCost:
                 size.times.clear()
             size.fresh, size.used = False, self._passes
             size.times.append(seconds)
+        self._fastest.setdefault(rows, {})[tokens] = min(size.times)
         if self._passes % _SWEEP == 0:
             for old in [n for n, one in sizes.items() if n > rows and one.used + _STALE < self._passes]:
                 sizes[old].times.clear()
+                self._fastest[rows].pop(old, None)
 
     def __call__(self, rows: int, tokens: int) -> float:
         """Estimated seconds; 0 when nothing is known of `rows` rows. Between measured sizes it is interpolated."""
-        known = self.table(rows)
+        known = self._fastest.get(rows, {})
         if tokens in known or not known:
             return known.get(tokens, 0.0)
         below, above = (max((n for n in known if n < tokens), default=0), min((n for n in known if n > tokens), default=0))
@@ -75,7 +80,7 @@ class PassCost:
 
     def table(self, rows: int = 1) -> dict[int, float]:
         """Query tokens -> seconds, as measured for passes of `rows` rows."""
-        return {n: min(size.times) for n, size in self._sizes.get(rows, {}).items() if size.times}
+        return dict(self._fastest.get(rows, {}))
 
 
 @dataclass(slots=True)
@@ -245,7 +250,10 @@ class Budget:
 
     def book(self, drafter: Drafter) -> _Book:
         """The record of `drafter`."""
-        return self._books.setdefault(id(drafter), _Book(drafter))
+        found = self._books.get(id(drafter))
+        if found is None:
+            found = self._books[id(drafter)] = _Book(drafter)
+        return found
 
     def ask(self, drafter: Drafter, caps: Sequence[int]) -> list[int]:
         """Nodes to ask of `drafter` for each row, at most `caps`; all zeros: do not ask it this time.
@@ -306,7 +314,3 @@ class Budget:
             select(draft, deepest_first(draft, chosen[i])) if drafter.draws == "point" else draft
             for i, (_, drafter, draft) in enumerate(drafts)
         ]
-
-
-# few sizes, so that each is soon known; with the root 32 tokens, the most of which attention treats all alike
-GRID = (*range(9), *range(10, 17, 2), 20, 24, 28, 31, *range(40, 257, 8))

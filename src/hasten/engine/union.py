@@ -14,6 +14,7 @@ from hasten.engine.contracts import EMPTY_DRAFT, NO_NEEDS, Draft, Drafter, Draws
 from hasten.errors import ConfigError
 
 _TYPICAL = 8  # nodes of one row by which members are compared
+_MOST = 31  # nodes of one row that are looked at beforehand
 
 
 class _Record:
@@ -97,16 +98,18 @@ class Union:
                     gained += sum(sorted(paths(draft, chances), reverse=True)[:_TYPICAL])
                     part.append((draft, chances))
                     acceptance.watch(row.id, len(row.tokens), draft)
-            record.times.record(count, count, time.perf_counter() - started)
-            record.gain += 0.1 * (gained / count - record.gain)
+            if gained:  # a round without any draft, as before the prompt is read, says nothing of the others
+                record.times.record(count, count, time.perf_counter() - started)
+                record.gain += 0.1 * (gained / count - record.gain)
         return [merge(part, budget) for part, budget in zip(parts, budgets, strict=True)]
 
     def _pays(self, record: _Record, parts: Sequence[list[tuple[Draft, list[float]]]], seconds: float, rows: int) -> bool:
         """Whether a member that takes `seconds` promises more tokens per second than what is drafted already."""
         assert self._cost is not None  # noqa: S101 - asked for only with measured passes
-        reach = sorted((c for part in parts for draft, chances in part for c in paths(draft, chances)), reverse=True)
+        merged = [merge(part, _MOST) for part in parts]
+        reach = sorted((chance for draft in merged for chance in paths(draft, draft.scores or ())), reverse=True)
         without, total = rows / self._cost(rows, rows), 0.0
-        for nodes, chance in enumerate(reach[: GRID[-1]], 1):
+        for nodes, chance in enumerate(reach, 1):
             total += chance
             if nodes in GRID:
                 without = max(without, (rows + total) / self._cost(rows, rows + nodes))

@@ -220,7 +220,9 @@ def read_layer(
             facts = file.metadata() or {}
             stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
-        raise FormatError(f"{path} cannot be read ({error})", hint="give a file made by `hasten train`", field="weights") from None
+        raise FormatError(
+            f"{path} cannot be read ({error})", hint="give a file made by `hasten train`", field="weights"
+        ) from None
     if facts.get("hasten") not in ("feature-drafter", "medusa-heads"):
         raise FormatError(f"{path} holds no draft layer", hint="give a file made by `hasten train`", field="weights")
     if facts.get("kind") != kind or facts["hasten"] != what:

@@ -21,7 +21,7 @@ from hasten.models.transformer import Transformer
 
 
 class MedusaHeads(nn.Module):
-    """`count` heads for `target` over the ids `kept` int64 [draft vocab]; blocks start at zero, as the target's own layer."""
+    """`count` heads for `target` over the ids `kept` int64 [draft vocab]; untrained they repeat its own next token."""
 
     def __init__(self, target: Transformer, kept: Tensor, count: int, dtype: torch.dtype | None = None) -> None:
         super().__init__()

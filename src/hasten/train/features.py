@@ -132,9 +132,15 @@ def loss(
 
 
 def medusa_loss(
-    model: MedusaHeads, target: Transformer, ids: Tensor, states: Tensor, weight: Tensor, config: Config, noise: Tensor | None
+    model: MedusaHeads,
+    target: Transformer,
+    ids: Tensor,
+    states: Tensor,
+    weight: Tensor,
+    config: Config,
+    noise: Tensor | None,
 ) -> tuple[Tensor, list[float]]:
-    """As `loss`, for Medusa heads: cross-entropy of head k to the target's distribution k places on, times decay^(k - 1)."""
+    """As `loss`, for Medusa heads: cross-entropy of head k to the target's distribution k places on, by decay^(k - 1)."""
     head = model.head.weight
     assert head is not None  # noqa: S101 - a model in training is not packed
     final = states if noise is None else states + noise

@@ -48,7 +48,15 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("texts", 8), ("answer", 4), ("vocab", 16), ("steps", 1), ("tokens", 64), ("held_out", 1), ("heads", 1)):
+        for name, least in (
+            ("texts", 8),
+            ("answer", 4),
+            ("vocab", 16),
+            ("steps", 1),
+            ("tokens", 64),
+            ("held_out", 1),
+            ("heads", 1),
+        ):
             if getattr(self, name) < least:
                 raise out_of_range(f"train.{name}", getattr(self, name), f"at least {least}")
         if self.held_out >= self.texts:
@@ -92,6 +100,7 @@ def train(
     kept = training.frequent(learnt, recipe.vocab, target.config.vocab_size)
     data = _states("reading texts", target, learnt, show)
     model: FeatureModel | MedusaHeads
+    loss: Callable[..., Any]
     if slug == "medusa":
         model, loss = MedusaHeads(target, kept, recipe.heads, torch.float32), training.medusa_loss
     else:
