@@ -39,12 +39,15 @@ const Kernels *offered(const char *name) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512vnni");
-#else
-  const bool avx2 = false, avx512 = false;
+  (void)avx512;
 #endif
   const bool any = !strcmp(name, "auto");
-  if (avx512 && kernels_avx512() && (any || !strcmp(name, "avx512"))) return kernels_avx512();
-  if (avx2 && kernels_avx2() && (any || !strcmp(name, "avx2"))) return kernels_avx2();
+#if defined(HASTEN_HAS_AVX512)
+  if (avx512 && (any || !strcmp(name, "avx512"))) return kernels_avx512();
+#endif
+#if defined(HASTEN_HAS_AVX2)
+  if (avx2 && (any || !strcmp(name, "avx2"))) return kernels_avx2();
+#endif
   if (any || !strcmp(name, "portable")) return kernels_portable();
   return nullptr;
 }

@@ -63,24 +63,39 @@ inline void store_entry(uint8_t *p, int type, const float *x, int dim) {
 
 constexpr int HEADS_AT_ONCE = 4;
 
+constexpr int KEYS = 4;  // keys whose scores are added up together
+
 // Scores of G query heads q [G, dim] against every visible key, into scores [G, room].
 template <int G, int TYPE>
 inline void score_keys(const float *q, int dim, const Keys &keys, const Visible &seen, float *scores, int64_t room) {
-  for (int j = 0; j < seen.count; j++) {
-    const uint8_t *k = keys.at + seen.slot(j) * keys.stride;
-    vf s[G];
-    for (int g = 0; g < G; g++) s[g] = set(0.0f);
-    int i = 0;
-    for (; i + LANES <= dim; i += LANES) {
-      const vf key = load_entry(k, TYPE, i, LANES);
-      for (int g = 0; g < G; g++) s[g] = fma(load(q + g * dim + i), key, s[g]);
+  for (int j = 0; j < seen.count; j += KEYS) {
+    const int n = seen.count - j < KEYS ? seen.count - j : KEYS;
+    const uint8_t *k[KEYS];
+    for (int i = 0; i < KEYS; i++) k[i] = keys.at + seen.slot(i < n ? j + i : j) * keys.stride;
+    vf s[G][KEYS];
+    for (int g = 0; g < G; g++)
+      for (int i = 0; i < KEYS; i++) s[g][i] = set(0.0f);
+    int d = 0;
+    for (; d + LANES <= dim; d += LANES) {
+      vf key[KEYS];
+      for (int i = 0; i < KEYS; i++) key[i] = load_entry(k[i], TYPE, d, LANES);
+      for (int g = 0; g < G; g++) {
+        const vf query = load(q + g * dim + d);
+        for (int i = 0; i < KEYS; i++) s[g][i] = fma(query, key[i], s[g][i]);
+      }
     }
-    if (i < dim) {
-      const vf key = load_entry(k, TYPE, i, dim - i);
-      for (int g = 0; g < G; g++) s[g] = fma(load_n(q + g * dim + i, dim - i), key, s[g]);
+    if (d < dim) {
+      for (int i = 0; i < KEYS; i++) {
+        const vf key = load_entry(k[i], TYPE, d, dim - d);
+        for (int g = 0; g < G; g++) s[g][i] = fma(load_n(q + g * dim + d, dim - d), key, s[g][i]);
+      }
     }
-    const float scale = entry_scale(k, TYPE, dim);
-    for (int g = 0; g < G; g++) scores[g * room + j] = sum(s[g]) * scale;
+    for (int g = 0; g < G; g++) {
+      float *to = scores + g * room + j;  // room is whole vectors: what lies beyond the last key is overwritten later
+      sum4(s[g], to);
+      if (TYPE == HASTEN_KV_INT8)
+        for (int i = 0; i < n; i++) to[i] *= entry_scale(k[i], TYPE, dim);
+    }
   }
 }
 
@@ -110,36 +125,35 @@ inline void soften(float *scores, int n, float cap) {
   for (int j = 0; j < end; j += LANES) store(scores + j, mul(load(scores + j), share));
 }
 
-// out [G, dim] = weights times values, up to 64 numbers of every head at a time.
+// Numbers from .. from + 16 WIDE - 1 of every head's mix (fewer, `n`, when WIDE is 1); sums stay in registers.
+template <int G, int TYPE, int WIDE>
+inline void mix_strip(const float *weights, int64_t room, int dim, const Keys &values, const Visible &seen, int from, int n,
+                      float *out) {
+  vf sums[G][WIDE];
+  for (int g = 0; g < G; g++)
+    for (int i = 0; i < WIDE; i++) sums[g][i] = set(0.0f);
+  for (int j = 0; j < seen.count; j++) {
+    const uint8_t *v = values.at + seen.slot(j) * values.stride;
+    const float scale = entry_scale(v, TYPE, dim);
+    vf value[WIDE];
+    for (int i = 0; i < WIDE; i++) value[i] = load_entry(v, TYPE, from + i * LANES, WIDE > 1 ? LANES : n);
+    for (int g = 0; g < G; g++) {
+      const vf w = set(TYPE == HASTEN_KV_INT8 ? weights[g * room + j] * scale : weights[g * room + j]);
+      for (int i = 0; i < WIDE; i++) sums[g][i] = fma(w, value[i], sums[g][i]);
+    }
+  }
+  for (int g = 0; g < G; g++)
+    for (int i = 0; i < WIDE; i++) store_n(out + g * dim + from + i * LANES, sums[g][i], WIDE > 1 ? LANES : n);
+}
+
+// out [G, dim] = weights times values.
 template <int G, int TYPE>
 inline void mix_values(const float *weights, int64_t room, int dim, const Keys &values, const Visible &seen, float *out) {
-  constexpr int WIDE = 4;
-  for (int from = 0; from < dim; from += WIDE * LANES) {
-    const int left = dim - from;
-    vf sums[G][WIDE];
-    for (int g = 0; g < G; g++)
-      for (int i = 0; i < WIDE; i++) sums[g][i] = set(0.0f);
-    for (int j = 0; j < seen.count; j++) {
-      const uint8_t *v = values.at + seen.slot(j) * values.stride;
-      const float scale = entry_scale(v, TYPE, dim);
-      vf w[G];
-      for (int g = 0; g < G; g++) w[g] = set(TYPE == HASTEN_KV_INT8 ? weights[g * room + j] * scale : weights[g * room + j]);
-      if (left >= WIDE * LANES) {
-        for (int i = 0; i < WIDE; i++) {
-          const vf value = load_entry(v, TYPE, from + i * LANES, LANES);
-          for (int g = 0; g < G; g++) sums[g][i] = fma(w[g], value, sums[g][i]);
-        }
-      } else {
-        for (int i = 0; i * LANES < left; i++) {
-          const vf value = load_entry(v, TYPE, from + i * LANES, left - i * LANES);
-          for (int g = 0; g < G; g++) sums[g][i] = fma(w[g], value, sums[g][i]);
-        }
-      }
-    }
-    for (int g = 0; g < G; g++)
-      for (int i = 0; i < WIDE && i * LANES < left; i++)
-        store_n(out + g * dim + from + i * LANES, sums[g][i], left - i * LANES < LANES ? left - i * LANES : LANES);
-  }
+  int from = 0;
+  for (; from + 4 * LANES <= dim; from += 4 * LANES)
+    mix_strip<G, TYPE, 4>(weights, room, dim, values, seen, from, LANES, out);
+  for (; from < dim; from += LANES)
+    mix_strip<G, TYPE, 1>(weights, room, dim, values, seen, from, dim - from < LANES ? dim - from : LANES, out);
 }
 
 template <int G, int TYPE>

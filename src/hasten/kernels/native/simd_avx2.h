@@ -45,6 +45,16 @@ inline float largest(vf x) {
   q = _mm_max_ps(q, _mm_movehl_ps(q, q));
   return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
 }
+inline __m256 quarters(__m256 a, __m256 b, __m256 c, __m256 d) {
+  const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+  const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+  return _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+}
+// The sums of four vectors, each added up in the same order: within quarters (0 + 2) + (1 + 3), then the quarters alike.
+inline void sum4(const vf *s, float *out) {
+  const __m256 h = _mm256_add_ps(quarters(s[0].a, s[1].a, s[2].a, s[3].a), quarters(s[0].b, s[1].b, s[2].b, s[3].b));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
+}
 inline vf round(vf x) {
   const int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   return {_mm256_round_ps(x.a, mode), _mm256_round_ps(x.b, mode)};

@@ -21,6 +21,14 @@ inline vf max(vf a, vf b) { return _mm512_max_ps(a, b); }
 inline vf abs(vf a) { return _mm512_abs_ps(a); }
 inline float sum(vf a) { return _mm512_reduce_add_ps(a); }
 inline float largest(vf a) { return _mm512_reduce_max_ps(a); }
+// The sums of four vectors, each added up in the same order: within quarters (0 + 2) + (1 + 3), then the quarters alike.
+inline void sum4(const vf *s, float *out) {
+  const vf ab = add(_mm512_unpacklo_ps(s[0], s[1]), _mm512_unpackhi_ps(s[0], s[1]));
+  const vf cd = add(_mm512_unpacklo_ps(s[2], s[3]), _mm512_unpackhi_ps(s[2], s[3]));
+  const vf lo = _mm512_shuffle_ps(ab, cd, 0x44), hi = _mm512_shuffle_ps(ab, cd, 0xee), q = add(lo, hi);
+  const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(q), _mm512_extractf32x8_ps(q, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
+}
 inline vf round(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline vf scale2(vf a, vf n) { return _mm512_scalef_ps(a, n); }  // a 2^n for whole n
 

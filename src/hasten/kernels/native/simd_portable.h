@@ -51,6 +51,17 @@ inline float largest(const vf &x) {
   for (int i = 1; i < 16; i++) m = x.v[i] > m ? x.v[i] : m;
   return m;
 }
+// The sums of four vectors, each added up in the same order: within quarters (0 + 2) + (1 + 3), then the quarters alike.
+inline void sum4(const vf *s, float *out) {
+  for (int j = 0; j < 4; j++) {
+    float q[4];
+    for (int i = 0; i < 4; i++) {
+      const float *x = s[j].v + 4 * i;
+      q[i] = (x[0] + x[2]) + (x[1] + x[3]);
+    }
+    out[j] = (q[0] + q[2]) + (q[1] + q[3]);
+  }
+}
 inline vf round(const vf &a) { LANEWISE((a.v[i] + 12582912.0f) - 12582912.0f); }  // to even, for |a| < 2^22
 inline vf scale2(const vf &a, const vf &n) {
   vf out;
