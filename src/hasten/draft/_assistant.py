@@ -5,7 +5,7 @@ from __future__ import annotations
 from hasten.engine.contracts import MethodContext
 from hasten.errors import ConfigError
 from hasten.models.assistant import Assistant, check_vocabularies
-from hasten.models.load import Options, load
+from hasten.models.load import load
 
 
 def open_assistant(slug: str, name: str, cache_mb: int, context: MethodContext) -> Assistant:
@@ -20,7 +20,7 @@ def open_assistant(slug: str, name: str, cache_mb: int, context: MethodContext) 
             field=f"{slug}.model",
         )
     dtype = str(getattr(context.backbone, "dtype", "auto")).removeprefix("torch.")
-    loaded = load(name, Options(dtype=dtype))
+    loaded = load(name, dtype=dtype)
     size = context.capabilities.vocab_size
     check_vocabularies(context.tokenizer, loaded.tokenizer, size, loaded.model.capabilities.vocab_size, name)
     loaded.model.pack()

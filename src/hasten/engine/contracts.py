@@ -169,7 +169,7 @@ class Pass:
 
     `logits` float32 [sum of wanted, vocab]: row r's block starts at `logit_starts[r]`. `spans[r]` is row r's (start, end)
     in `hidden[layer]` and `final_hidden` [N, hidden] (N = all queries), present as asked. A backbone that has them at hand
-    also gives the arg-max `best` of every logit row (-1 where a logit is not finite) and its `log_sum_exp`, and `top`, its own
+    also gives the arg-max `best` of every logit row (-1 where a logit is not finite), its `log_sum_exp`, and `top`, its own
     way to the k best of some rows. `backbone` says who ran the pass.
     """
 

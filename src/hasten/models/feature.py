@@ -166,7 +166,7 @@ def compress(trained: list[tuple[str, nn.Parameter]], kept: Tensor, path: Path, 
     save_file(state, path, facts)
 
 
-def identity(model: Backbone, name: str) -> str:
+def identity(model: Backbone | DecoderStack, name: str) -> str:
     """What tells one model from another, however it was loaded: its family and a hash of its sizes and embeddings.
 
     The same in float32 and bfloat16. Models outside hasten's own stack go by `name`.

@@ -296,7 +296,10 @@ class GGUFFile:
 
         Raises FormatError when the file holds a tensor that has no place.
         """
-        places = {"embed.weight": ("token_embd.weight",), "norm.weight": ("output_norm.weight",)}
+        places: dict[str, tuple[str, ...]] = {
+            "embed.weight": ("token_embd.weight",),
+            "norm.weight": ("output_norm.weight",),
+        }
         if not config.tied:
             places["head.weight"] = ("output.weight",)
         for i in range(len(config.layers)):

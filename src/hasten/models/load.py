@@ -111,12 +111,12 @@ class Options:
         return _DTYPES.get(self.dtype)
 
 
-def load(source: str | Path, options: Options | None = None, *, progress: Progress | None = None) -> Loaded:
-    """Load `source` (see module). Refuses what would not fit into memory unless `options.force`.
+def load(source: str | Path, *, progress: Progress | None = None, **how: Any) -> Loaded:
+    """Load `source` (see module); keywords are the fields of Options. Refuses what would not fit into memory unless `force`.
 
     Raises UnknownNameError, DownloadError, FormatError, UnsupportedError, MemoryFitError, ConfigError.
     """
-    options = options or Options()
+    options = Options(**how)
     path = _resolve(source, progress)
     if path.is_dir():
         return _directory(path, options, progress)
@@ -214,6 +214,8 @@ def _gguf(path: Path, options: Options, progress: Progress | None) -> Loaded:
         )
         _room(size, 0, f"{size / max(1, config.parameters):.1f} bytes each", config.parameters, path, options.force)
         model = _native(config, options, path, make, lambda: stack(torch.float32))
+        if progress is not None:
+            progress(f"loading {path.name}", config.parameters, config.parameters)
         return Loaded(model, file.tokenizer(), config, str(path), kind, model.weights.nbytes)
     size = _fit(config, kind, path, options.force)
     return Loaded(stack(kind), file.tokenizer(), config, str(path), kind, size)
@@ -258,6 +260,8 @@ def _directory(path: Path, options: Options, progress: Progress | None, files: l
 
         weights_file = files[0] if len(files) == 1 else path
         model = _native(config, options, weights_file, lambda: from_state(config, state(), kind, options.weights), oracle)
+        if progress is not None:
+            progress(f"loading {path.name}", config.parameters, config.parameters)
         return Loaded(model, tokenizer, config, str(path), kind, model.weights.nbytes)
     return Loaded(Transformer.from_state(config, state(), kind), tokenizer, config, str(path), kind, size)
 

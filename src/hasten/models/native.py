@@ -25,7 +25,6 @@ from hasten.engine.cache import CacheLayout, CachePool, RowCache
 from hasten.engine.contracts import NO_NEEDS, Capabilities, Needs, Pass, RowInput
 from hasten.engine.masks import ALL_VISIBILITIES, Causal, Full, PerLayer, Tree, Visibility, at_layer, mask
 from hasten.errors import HastenError, UnsupportedError, out_of_range
-from hasten.kernels import library
 from hasten.kernels.library import ACTIVATIONS, KV_TYPES, PARTS, Layer, Model, PassInput, check, native
 from hasten.models.config import ModelConfig
 from hasten.models.packing import Weights
@@ -40,8 +39,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.i
 class NativeStack(DecoderStack):
     """A decoder stack of `config` on the native library; implements the engine's Backbone contract as "native".
 
-    `activations`: exact or int8. `cache`: float32, bfloat16 or int8 keys and values (the last two lossy). `oracle` loads the
-    torch stack of the same weights when something needs it. Raises UnsupportedError without the library.
+    `activations`: exact or int8. `cache`: float32, bfloat16 or int8 keys and values (the last two lossy). `oracle` loads
+    the torch stack of the same weights when something needs it. Raises UnsupportedError without the library.
     """
 
     name = "native"
@@ -62,8 +61,10 @@ class NativeStack(DecoderStack):
             raise out_of_range("cache", cache, ", ".join(KV_TYPES))
         self.config, self.weights, self.activations, self.cache_type = config, weights, activations, cache
         self.ropes = [RopeTable(rope, config.head_dim) for rope in config.ropes]
-        self._load_oracle, self._oracle = oracle, None
+        self._load_oracle = oracle
+        self._oracle: Transformer | None = None
         self._handle: Any = None
+        self._close: Callable[[], Any] = lambda: None
         self._rope_rows = 0
         self._open(256)
         windows = [layer.window for layer in config.layers]
@@ -126,8 +127,7 @@ class NativeStack(DecoderStack):
                 f"the native stack refuses this model: {native().hasten_error().decode()}",
                 hint="load it with backbone='torch'",
             )
-        if self._handle is not None:
-            self._close()
+        self._close()
         self._handle, self._rope_rows, self._kept = handle, positions, (keep, layers, rotated, model)
         self._close = weakref.finalize(self, native().hasten_close, handle)
 
@@ -137,7 +137,7 @@ class NativeStack(DecoderStack):
 
     @property
     def oracle(self) -> Transformer:
-        """The torch stack of the same weights, loaded when it is first asked for; raises UnsupportedError where none can be."""
+        """The torch stack of the same weights, loaded when first asked for; raises UnsupportedError where there is none."""
         if self._oracle is None:
             if self._load_oracle is None:
                 raise UnsupportedError("this needs the torch stack, and these weights exist packed only", field="backbone")
@@ -146,9 +146,13 @@ class NativeStack(DecoderStack):
 
     def pool(self, budget_bytes: int) -> CachePool:
         """A pool of row caches for this model; see CachePool. 8-bit entries end with their float32 scale."""
+        return CachePool(self._layout, budget_bytes)
+
+    @property
+    def _layout(self) -> CacheLayout:
         c = self.config
         dim = c.head_dim + (4 if self.cache_type == "int8" else 0)
-        return CachePool(CacheLayout(len(c.layers), c.kv_heads, dim, _DTYPES[self.cache_type]), budget_bytes)
+        return CacheLayout(len(c.layers), c.kv_heads, dim, _DTYPES[self.cache_type])
 
     def embed_rows(self, ids: Tensor) -> Tensor:
         """Rows [len(ids), hidden] of the input embedding as stored."""
@@ -240,7 +244,7 @@ class NativeStack(DecoderStack):
 
     @staticmethod
     def top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """(ids int64, values float32), each [n, k]: the k best of every row of logits [n, vocab], lower ids first among equals."""
+        """(ids int64, values float32) [n, k]: the k best of every row of logits [n, vocab], lower ids first if equal."""
         rows, vocab = logits.shape
         logits = logits.contiguous()
         k = min(k, vocab)
@@ -250,9 +254,7 @@ class NativeStack(DecoderStack):
 
     def _scratch(self, slots: int) -> RowCache:
         """A cache for one pass of a row that has none."""
-        c = self.config
-        layout = CacheLayout(len(c.layers), c.kv_heads, c.head_dim + (4 if self.cache_type == "int8" else 0), _DTYPES[self.cache_type])  # fmt: skip
-        return CachePool(layout, layout.nbytes(slots + 64)).open(slots)
+        return CachePool(self._layout, self._layout.nbytes(slots + 64)).open(slots)
 
     def _sight(
         self,
@@ -370,6 +372,3 @@ def as_transformer(model: object) -> Transformer | None:
     if isinstance(model, NativeStack):
         return model.oracle
     return cast(Transformer, model) if isinstance(model, Transformer) else None
-
-
-__all__ = ["NativeStack", "as_transformer", "library"]

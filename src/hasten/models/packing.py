@@ -253,7 +253,7 @@ def write(weights: Weights, path: Path) -> None:
     with part.open("wb") as file:
         file.write(_MAGIC + struct.pack("<Q", len(header)) + header)
         for data in parts:
-            file.write(data)
+            file.write(data.data)
             file.write(b"\0" * (-data.nbytes % ALIGN))
     part.replace(path)
 

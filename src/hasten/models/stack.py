@@ -1,4 +1,4 @@
-"""What hasten's own decoder stacks have in common, whichever backbone runs them: the part that trained drafters build on."""
+"""What hasten's own decoder stacks have in common, whichever backbone runs them: what trained drafters build on."""
 
 from __future__ import annotations
 
