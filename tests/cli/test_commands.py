@@ -15,8 +15,8 @@ import pytest
 import hasten as package
 from hasten import registry
 from hasten.cli import _shared
-from hasten.kernels import library
 from hasten.engine.limits import LIMITS
+from hasten.kernels import library
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

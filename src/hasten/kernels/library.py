@@ -104,11 +104,14 @@ class _Missing(Exception):
     """The library is not there or does not fit; the text says why."""
 
 
+# An editable install keeps the library in site-packages while the Python files stay in the checkout.
+PLACES = [Path(sysconfig.get_path("platlib")) / "hasten" / "kernels", Path(__file__).parent]
+
+
 @cache
 def _load() -> ctypes.CDLL | _Missing:
     suffix = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
-    places = (Path(__file__).parent, Path(sysconfig.get_path("platlib")) / "hasten" / "kernels")
-    found = [path for path in (place / f"libhasten_native{suffix}" for place in places) if path.is_file()]
+    found = [path for path in (place / f"libhasten_native{suffix}" for place in PLACES) if path.is_file()]
     if not found:
         return _Missing("it was not built: the package was installed without a C++ compiler")
     try:

@@ -112,7 +112,7 @@ class Options:
 
 
 def load(source: str | Path, *, progress: Progress | None = None, **how: Any) -> Loaded:
-    """Load `source` (see module); keywords are the fields of Options. Refuses what would not fit into memory unless `force`.
+    """Load `source` (see module); keywords are the fields of Options. Refuses what would not fit into memory.
 
     Raises UnknownNameError, DownloadError, FormatError, UnsupportedError, MemoryFitError, ConfigError.
     """

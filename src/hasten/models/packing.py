@@ -29,6 +29,7 @@ from hasten.models.gguf import GGUFFile
 
 _MAGIC = b"hastenpk"
 _HEADER = 1 << 24  # bytes a header may have at most
+WORTH = 8 << 20  # bytes of a model from which keeping its packed form pays
 _STORED = {"F32": F32, "F16": F16, "Q4_0": Q4_0, "Q4_1": Q4_1, "Q5_0": Q5_0, "Q8_0": Q8_0, "Q4_K": Q4_K, "Q6_K": Q6_K}
 Progress = Callable[[str, int, int], None]
 
@@ -199,8 +200,11 @@ def cached(path: Path, how: str, make: Callable[[], Weights], config: ModelConfi
     They are found by the SHA-256 of the weight files and `how` they were packed, so a changed file is packed anew. A cache
     that cannot be written or read is no error: the weights are then made in memory.
     """
+    parts = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if sum(part.stat().st_size for part in parts) < WORTH:
+        return make()
     digest = hashlib.sha256(f"{ABI} {how}".encode())
-    for part in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+    for part in parts:
         with part.open("rb") as file:
             digest.update(_digest(file))
     place = cache_dir() / "packed" / f"{digest.hexdigest()[:32]}.hpk"
@@ -261,6 +265,8 @@ def write(weights: Weights, path: Path) -> None:
 def read(path: Path, config: ModelConfig) -> Weights:
     """Map a packed file; raises FormatError unless it holds exactly the weights that `config` asks for."""
     with path.open("rb") as file:
+        if not file.seek(0, 2):
+            raise FormatError("is empty", path=str(path))
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     whole = np.frombuffer(data, np.uint8)
     start = len(_MAGIC) + 8
