@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import checkpoints
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hasten.engine.contracts import RowInput
+from hasten.errors import HastenError
 from hasten.kernels import library
 from hasten.models import packing
 from hasten.models.load import load
@@ -88,10 +91,6 @@ def test_no_damaged_header_reaches_the_library(tmp_path_factory, data):
         raw[at] = data.draw(st.integers(0, 255))
     raw = raw[: len(raw) - data.draw(st.sampled_from([0, 0, 1, 64, len(raw) // 2]))]
     (folder / "m.hpk").write_bytes(raw)
-    try:
+    with suppress(HastenError):
         mapped = packing.read(folder / "m.hpk", stack.config)
-        NativeStack(stack.config, mapped).run([ROW])
-    except FormatError:
-        pass
-    except Exception as error:
-        assert type(error).__module__ == "hasten.errors"
+        assert NativeStack(stack.config, mapped).run([ROW]).logits.shape == (3, tiny.VOCAB)
