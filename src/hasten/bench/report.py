@@ -51,6 +51,10 @@ class Spread:
     def __str__(self) -> str:
         return f"{self.median:.2f} ({self.min:.2f}-{self.max:.2f})"
 
+    def to_dict(self) -> dict[str, float]:
+        """{"median", "min", "max"}."""
+        return {"median": self.median, "min": self.min, "max": self.max}
+
 
 @dataclass(frozen=True, slots=True)
 class Reproduction:
@@ -105,9 +109,8 @@ class Reproduction:
     def to_dict(self) -> dict[str, Any]:
         """The record as JSON-ready values, in the order of its fields."""
         out = {f.name: getattr(self, f.name) for f in fields(self)}
-        s = self.speedup
-        spread = None if s is None else {"median": s.median, "min": s.min, "max": s.max}
-        return {**out, "speedup": spread, "seeds": list(self.seeds), "seconds": round(self.seconds, 1)}
+        spread = None if self.speedup is None else self.speedup.to_dict()
+        return {**out, "speedup": spread, "seeds": list(self.seeds)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Reproduction:
