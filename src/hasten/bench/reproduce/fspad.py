@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 claim_checked = (
     "Greedy decoding of smollm2-135m, all of each draft verified: a FSPAD layer commits more tokens per pass than an EAGLE "
-    "layer trained on the same texts for the same steps (three pairs, one per seed; --quick trains nothing and compares the "
-    "layers that are there) and than its own layer untrained; plain decoding and prompt lookup beside, and its speed with "
+    "layer trained on the same texts for the same steps (three pairs, one per seed; --quick compares the layers that are "
+    "there) and than its own layer untrained; plain decoding and prompt lookup beside, and its speed with "
     "the measured budget."
 )
 
