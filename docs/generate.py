@@ -232,8 +232,12 @@ def spec() -> str:
         f"new tokens, {about['threads']} threads of {about['cpu']}, {about['date']}; `python bench/spec.py` repeats it "
         "([result file](../bench/results/spec.json)). Speed is plain decoding's time divided by the method's, for "
         "decoding alone and for the whole request with its prompt: mean over prompts, quartiles in brackets. "
-        "A pass costs as many times plain decoding's as said. The peers are transformers' `generate` on the same weights."
+        "A pass costs as many times plain decoding's as said. The peers are transformers' `generate` on the same weights"
     )
+    if any(name.startswith("llama.cpp") for name in result["bfloat16"]["all"]):
+        version = about.get("llama-cpp-python", "")
+        text += f" and llama.cpp (llama-cpp-python {version}) on the same file, whose 4-bit weights it uses"
+    text += "."
     head = (
         "precision",
         "task",
