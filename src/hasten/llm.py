@@ -223,6 +223,7 @@ class LLM:
                 return PLAIN
             names = self._auto()
             slugs = [registry.parse(name)[0] for name in names]
+        self._expect_costs()
         context = MethodContext(self.name, self.model, self.tokenizer)
         cards = [registry.card(slug) for slug in slugs]
         for i, one in enumerate(cards):
@@ -246,6 +247,15 @@ class LLM:
             measured=True,
             method=tuple(slugs),
         )
+
+    def _expect_costs(self) -> None:
+        """Tell the engine what passes cost here, from this machine's profile (measured at first use, in under a second)."""
+        from hasten.models.native import NativeStack
+
+        if isinstance(self.model, NativeStack) and not self.engine.pass_cost.table():
+            from hasten.models.cost import profile
+
+            self.engine.pass_cost.expect(1, profile(self.model, self.name).table(256))
 
     def save_state(self, path: str | Path) -> None:
         """Write what shared drafters have learnt so far (token tables; no prompts or answers) to a safetensors file."""
