@@ -117,7 +117,7 @@ def spread(values: list[float], digits: int = 3) -> dict[str, float]:
 
 def compare(dtype: str, rounds: int, tokens: int, note: Callable[[str], None]) -> dict[str, Any]:
     """All figures of one precision."""
-    llm = hasten.load("smollm2-135m", dtype=dtype, cache_bytes=400_000_000)
+    llm = hasten.load("smollm2-135m", dtype=dtype, backbone="torch", cache_bytes=400_000_000)
     theirs = transformers_model(Path(llm.source), getattr(torch, dtype))
     prompt = llm.encode(PROMPT)
     long = (llm.encode(PROMPT + "\n") * 40)[:512]

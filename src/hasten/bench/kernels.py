@@ -197,9 +197,7 @@ def measure(
         result[name]["share_of_bandwidth"] = round(result[name]["gb_per_s"] * 1e9 / bandwidth, 2)
     prompt = [i % 1000 + 100 for i in range(CONTEXT)]
     if llm.tokenizer is not None:
-        prompt = llm.encode("Here is a short story about a lighthouse keeper who found a letter in a bottle. " * 4)[
-            :CONTEXT
-        ]
+        prompt = llm.encode("Here is a short story about a keeper who found a letter in a bottle. " * 4)[:CONTEXT]
     found = peer_decoders(Path(llm.source), peers) if Path(llm.source).suffix == ".gguf" else {}
     for mode, other in modes.items():
         own = {mode: own_decoder(other)}

@@ -19,9 +19,7 @@ def register(app: typer.Typer) -> None:
 
 def bench(
     model: Annotated[str, typer.Argument(help="Catalog name or .gguf file.")],
-    suite: Annotated[
-        str, typer.Option(help="What to measure: kernels (the native stack, and other programs on the file).")
-    ],
+    suite: Annotated[str, typer.Option(help="What to measure: kernels (the native stack, and other programs).")],
     rounds: Annotated[int, typer.Option(help="Rounds in which all programs decode in turn.")] = 7,
     tokens: Annotated[int, typer.Option(help="Tokens decoded by each program in a round.")] = 128,
     peers: Annotated[
@@ -66,12 +64,12 @@ def _lines(result: dict[str, Any]) -> list[str]:
         ratios = ", ".join(f"{n}: {v}" for n, v in r["ratio_to_one"].items())
         parts = ", ".join(f"{name} {share:.0%}" for name, share in r["share_of_time"]["1"].items())
         out += [
-            f"{mode}: {r['pass_ms']['1']:.2f} ms a token, {r['gb_per_s']} GB/s ({r['share_of_bandwidth']:.0%} of the above), "
-            f"prompts {r['prompt_tokens_per_s']} tokens/s",
+            f"{mode}: {r['pass_ms']['1']:.2f} ms a token, {r['gb_per_s']} GB/s ({r['share_of_bandwidth']:.0%} of that)",
+            f"  prompts: {r['prompt_tokens_per_s']} tokens/s",
             f"  a pass over T tokens against one: {ratios}",
             f"  of one token's time: {parts}",
-            f"  a canvas of 256: {r['canvas_256_ms']} ms; its block of 32 with the rest cached: {r['block_32_ms']} ms "
-            f"({r['canvas_over_block']}x less)",
+            f"  a canvas of 256: {r['canvas_256_ms']} ms; a block of 32 of it, the rest cached: {r['block_32_ms']} ms, "
+            f"{r['canvas_over_block']}x less",
         ]
         for name, f in result[f"race, {mode}"].items():
             s, x = f["tokens_per_s"], f["first_over_this"]
