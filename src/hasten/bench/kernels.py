@@ -71,22 +71,22 @@ def pass_seconds(
 def curve(model: NativeStack, context: int = 256, repeats: int = 9) -> dict[str, Any]:
     """t(T), prompt speed, a diffusion block against a whole canvas, and the share of every part of a pass."""
     times = {tokens: pass_seconds(model, tokens, context, repeats) for tokens in SIZES}
+    short = pass_seconds(model, 1, CONTEXT, 3 * repeats)
     read = pass_seconds(model, PREFILL, 0, 3, logits="last")
     canvas = pass_seconds(model, PREFILL, 0, 3, full=True, logits="all")
     block = pass_seconds(model, 32, PREFILL - 32, 5, full=True, logits="all")
     parts: dict[str, dict[str, float]] = {}
     for tokens in (1, 8):
         model.measure_parts()
-        repeat = 10
-        for _ in range(repeat):
-            pass_seconds(model, tokens, context, 1)
+        pass_seconds(model, tokens, context, 20)
         whole = sum(model.parts.values())
         parts[str(tokens)] = {name: round(seconds / whole, 3) for name, seconds in model.parts.items()}
         model.part_seconds = None
     return {
         "pass_ms": {str(n): round(s * 1e3, 3) for n, s in times.items()},
         "ratio_to_one": {str(n): round(s / times[1], 2) for n, s in times.items()},
-        "gb_per_s": round(weight_bytes(model) / times[1] / 1e9, 1),
+        "gb_per_s": round(weight_bytes(model) / short / 1e9, 1),
+        "short_context_ms": round(short * 1e3, 3),
         "prompt_tokens_per_s": round(PREFILL / read),
         "canvas_256_ms": round(canvas * 1e3, 1),
         "block_32_ms": round(block * 1e3, 1),

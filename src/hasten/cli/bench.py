@@ -64,7 +64,7 @@ def _lines(result: dict[str, Any]) -> list[str]:
         ratios = ", ".join(f"{n}: {v}" for n, v in r["ratio_to_one"].items())
         parts = ", ".join(f"{name} {share:.0%}" for name, share in r["share_of_time"]["1"].items())
         out += [
-            f"{mode}: {r['pass_ms']['1']:.2f} ms a token, {r['gb_per_s']} GB/s ({r['share_of_bandwidth']:.0%} of that)",
+            f"{mode}: {r['short_context_ms']:.2f} ms a token, {r['gb_per_s']} GB/s ({r['share_of_bandwidth']:.0%} of that)",
             f"  prompts: {r['prompt_tokens_per_s']} tokens/s",
             f"  a pass over T tokens against one: {ratios}",
             f"  of one token's time: {parts}",

@@ -152,7 +152,12 @@ inline void attention(const Thread &T, int layer) {
     const int first = (h * group + piece * heads) * dim;
     attend(T.w.qkv + (int64_t)t * wide + first, heads, dim, T.m.attn_softcap, keys, values, seen, scores, T.w.room,
            T.mixed.f + (int64_t)t * T.mixed.cols + first);
+    if (dim % TILE == 0)  // a head is whole tiles, which nobody else writes to
+      for (int b = first / TILE; b < (first + heads * dim) / TILE; b++) finish_tile(T.mixed, t, b);
   }
+  if (dim % TILE == 0) return;
+  barrier();
+  for (int t = T.id; t < T.p.queries; t += T.count) finish(T.mixed, t);
 }
 
 // y = W a, added to the residual stream, or kept apart where a norm comes first.
@@ -250,8 +255,6 @@ inline void run_pass(const Stack &stack, const HastenPass &pass, int thread, int
     place(T, l, i);
     barrier();
     attention(T, i);
-    barrier();
-    for (int j = thread; j < pass.queries * T.mixed.tiles; j += threads) finish_tile(T.mixed, j / T.mixed.tiles, j % T.mixed.tiles);
     T.meet(HASTEN_PART_ATTENTION);
     add_output(T, l.out, T.mixed, l.out_bias, l.post_attn_norm != nullptr);
     T.meet(HASTEN_PART_OUT);
