@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,11 @@ import torch
 from hypothesis import settings
 
 from hasten.errors import DownloadError
+from hasten.kernels import library
 from hasten.models import catalog
 
+if "HASTEN_TEST_LIBRARY" in os.environ:  # a build of its own, such as that of test_sanitizers
+    library.PLACES[:] = [Path(os.environ["HASTEN_TEST_LIBRARY"])]
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.load_profile("ci")
 torch.set_num_threads(2)
