@@ -18,6 +18,8 @@ DOCS = Path(__file__).parent
 NOTE = "<!-- Made by docs/generate.py; change the code and run `make docs`. -->"
 CARD = re.compile(r"<!-- card -->.*?<!-- /card -->", re.DOTALL)
 BENCH = re.compile(r"<!-- bench:plain -->.*?<!-- /bench:plain -->", re.DOTALL)
+KERNELS = re.compile(r"<!-- bench:kernels -->.*?<!-- /bench:kernels -->", re.DOTALL)
+CURVES = re.compile(r"<!-- bench:curves -->.*?<!-- /bench:curves -->", re.DOTALL)
 SPEC = re.compile(r"<!-- bench:spec -->.*?<!-- /bench:spec -->", re.DOTALL)
 ROOT = DOCS.parent
 
@@ -205,13 +207,84 @@ def bench() -> str:
     return f"<!-- bench:plain -->\n{text}\n\n{table(head, rows)}\n<!-- /bench:plain -->"
 
 
+def _kernel_results() -> dict[str, dict[str, Any]]:
+    """Model -> result of `hasten bench --suite kernels`, for every file that is kept."""
+    files = sorted((ROOT / "bench" / "results").glob("kernels-*.json"))
+    return {path.stem.removeprefix("kernels-"): json.loads(path.read_text(encoding="utf-8")) for path in files}
+
+
+def _spread(figures: dict[str, float], unit: str = "") -> str:
+    return f"{figures['median']:g}{unit} ({figures['min']:g}-{figures['max']:g})"
+
+
+def kernels() -> str:
+    """The summary of bench/results/kernels-*.json: speed against llama.cpp on the same files."""
+    rows = []
+    about: dict[str, Any] = {}
+    for name, result in _kernel_results().items():
+        about = result["machine"]
+        for mode in ("exact", "int8"):
+            race, curve = result[f"race, hasten {mode}"], result[f"hasten {mode}"]
+            llama = [one for peer, one in race.items() if peer.startswith("llama.cpp")]
+            best = min(llama, key=lambda one: one["first_over_this"]["median"]) if llama else None
+            rows.append(
+                (
+                    name,
+                    mode,
+                    _spread(race[f"hasten {mode}"]["tokens_per_s"]),
+                    _spread(best["tokens_per_s"]) if best else "",
+                    _spread(best["first_over_this"], "x") if best else "",
+                    str(curve["prompt_tokens_per_s"]),
+                    f"{curve['ratio_to_one']['8']:g}x",
+                )
+            )
+    text = (
+        "Plain decoding on the native stack against llama.cpp (through llama-cpp-python; flash attention on or off, whichever "
+        f"is faster) on the same file: batch 1, greedy, medians of alternating rounds (range in brackets), {about['threads']} "
+        f"threads of {about['cpu']}, {about['date']}; `hasten bench MODEL --suite kernels` repeats it "
+        "([result files](bench/results))."
+    )
+    head = ("file", "activations", "hasten, tokens/s", "llama.cpp, tokens/s", "ratio", "prompt tokens/s", "8 tokens cost")
+    return f"<!-- bench:kernels -->\n{text}\n\n{table(head, rows)}\n<!-- /bench:kernels -->"
+
+
+def curves() -> str:
+    """The details of bench/results/kernels-*.json: bytes per second, t(T), share of time, loading."""
+    parts = []
+    for name, result in _kernel_results().items():
+        rows = []
+        for mode in ("exact", "int8"):
+            one = result[f"hasten {mode}"]
+            rows.append(
+                (
+                    mode,
+                    f"{one['short_context_ms']:.2f} ms",
+                    f"{one['gb_per_s']} GB/s ({one['share_of_bandwidth']:.0%})",
+                    ", ".join(f"{n}: {v:g}" for n, v in one["ratio_to_one"].items() if n != "1"),
+                    ", ".join(f"{part} {share:.0%}" for part, share in one["share_of_time"]["1"].items()),
+                    f"{one['canvas_256_ms']:g} / {one['block_32_ms']:g} ms = {one['canvas_over_block']:g}x",
+                )
+            )
+        head = ("activations", "one token, context 64", "of read bandwidth", "t(T) / t(1), context 256", "share of time",
+                "canvas of 256 / cached block of 32")  # fmt: skip
+        loading = result.get("loading")
+        about = f"{result['weight_mb']} MB of weights are read per token; the machine reads {result['read_gb_per_s']} GB/s."
+        if loading:
+            about += (
+                f" Repacking takes {loading['repack_s']:.2f} s; from load to the first token, packed before, "
+                f"{loading['load_to_first_token_s']:.2f} s."
+            )
+        parts.append(f"**{name}**, {result['isa']}. {about}\n\n{table(head, rows)}")
+    return "<!-- bench:curves -->\n" + "\n\n".join(parts) + "\n<!-- /bench:curves -->"
+
+
 def spec() -> str:
     """The tables of bench/results/spec.json: speed by task group and method, and what passes cost."""
     result = json.loads((ROOT / "bench" / "results" / "spec.json").read_text(encoding="utf-8"))
     about = result["machine"]
     rows: list[tuple[str, ...]] = []
     costs: list[str] = []
-    for kind in ("bfloat16", "float32"):
+    for kind in result["setups"]:
         for group, methods in result[kind].items():
             if group == "pass_ms":
                 costs.append(f"{kind}: " + ", ".join(f"{n} tokens {ms:g} ms" for n, ms in methods.items()))
@@ -226,7 +299,8 @@ def spec() -> str:
                 per_pass = f"{one['tokens_per_pass']:.2f}" if "tokens_per_pass" in one else ""
                 cost = f"{one['pass_cost']:.2f}" if "pass_cost" in one else ""
                 speeds = (cell(one["decode_ratio"]), cell(one["total_ratio"]))
-                rows.append((kind, group, f"`{name}`", per_pass, cost, *speeds, one["same_text"]))
+                llama = cell(one["over_llama"]) if "over_llama" in one else ""
+                rows.append((kind, group, f"`{name}`", per_pass, cost, *speeds, llama, one["same_text"]))
     text = (
         f"smollm2-135m, greedy, batch 1, {result['prompts_per_group']} prompts in each of six groups, {result['tokens']} "
         f"new tokens, {about['threads']} threads of {about['cpu']}, {about['date']}; `python bench/spec.py` repeats it "
@@ -234,18 +308,19 @@ def spec() -> str:
         "decoding alone and for the whole request with its prompt: mean over prompts, quartiles in brackets. "
         "A pass costs as many times plain decoding's as said. The peers are transformers' `generate` on the same weights"
     )
-    if any(name.startswith("llama.cpp") for name in result["bfloat16"]["all"]):
+    if any(name.startswith("llama.cpp") for kind in result["setups"] for name in result[kind]["all"]):
         version = about.get("llama-cpp-python", "")
         text += f" and llama.cpp (llama-cpp-python {version}) on the same file, whose 4-bit weights it uses"
     text += "."
     head = (
-        "precision",
+        "setup",
         "task",
         "method",
         "tokens per pass",
         "pass cost",
         "decoding",
         "whole request",
+        "decoding, over llama.cpp's plain",
         "same text as plain",
     )
     passes = "Passes, as the engine measured them. " + "; ".join(costs) + "."
@@ -262,8 +337,12 @@ def pages() -> dict[Path, str]:
         DOCS / "works.md": works(),
         DOCS / "results.md": results(),
     }
-    measured = bench()
-    made[ROOT / "README.md"] = BENCH.sub(lambda match: measured, (ROOT / "README.md").read_text(encoding="utf-8"))
+    against_llama, against_transformers, details = kernels(), bench(), curves()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    made[ROOT / "README.md"] = KERNELS.sub(lambda match: against_llama, readme)
+    native = (DOCS / "native.md").read_text(encoding="utf-8")
+    native = BENCH.sub(lambda match: against_transformers.replace("](bench/", "](../bench/"), native)
+    made[DOCS / "native.md"] = CURVES.sub(lambda match: details, native)
     for slug, module in modules().items():
         if not module.startswith("hasten."):
             continue  # a third party's method has its page elsewhere

@@ -78,10 +78,10 @@ def test_the_benchmark_script_compares_methods_and_writes_its_figures(peers, mon
     monkeypatch.setattr(script.catalog, "pull", lambda name: Path(tiny_chat))
     monkeypatch.setattr(script, "spec", lambda per_group: {"chat": ["Hello there."], "edit": ["Again and again."]})
     out = tmp_path / "spec.json"
-    words = ["spec.py", "--peers", "--methods", "prompt-lookup", "prompt-lookup+token-recycling", "--dtypes", "float32"]
+    words = ["spec.py", "--peers", "--methods", "prompt-lookup", "prompt-lookup+token-recycling", "--setups", "exact"]
     monkeypatch.setattr(sys, "argv", [*words, "--tokens", "12", "--per-group", "1", "--out", str(out)])
     script.main()
-    result = json.loads(out.read_text())["float32"]
+    result = json.loads(out.read_text())["exact"]
     assert list(result) == ["chat", "edit", "all", "pass_ms"]
     assert list(result["all"]) == ["plain", "prompt-lookup", "prompt-lookup+token-recycling"]
     assert result["all"]["prompt-lookup+token-recycling"]["same_text"] == "2 of 2"

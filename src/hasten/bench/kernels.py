@@ -162,6 +162,26 @@ def race(
     }
 
 
+def loading(llm: LLM) -> dict[str, float]:
+    """Seconds to repack a GGUF file, to load the model again, and from loading to its first token."""
+    import hasten
+    from hasten.models.gguf import open_gguf
+    from hasten.models.packing import from_gguf
+
+    file = open_gguf(llm.source)
+    start = time.perf_counter()
+    from_gguf(file, file.config())
+    repacked = time.perf_counter()
+    again = hasten.load(llm.source, cache_bytes=100_000_000)
+    loaded = time.perf_counter()
+    again.generate([1], max_tokens=1, method="plain")
+    return {
+        "repack_s": round(repacked - start, 3),
+        "load_s": round(loaded - repacked, 3),
+        "load_to_first_token_s": round(time.perf_counter() - repacked, 3),
+    }
+
+
 def measure(
     model: str | Path,
     *,
@@ -198,7 +218,10 @@ def measure(
     prompt = [i % 1000 + 100 for i in range(CONTEXT)]
     if llm.tokenizer is not None:
         prompt = llm.encode("Here is a short story about a keeper who found a letter in a bottle. " * 4)[:CONTEXT]
-    found = peer_decoders(Path(llm.source), peers) if Path(llm.source).suffix == ".gguf" else {}
+    found: dict[str, Decoder] = {}
+    if Path(llm.source).suffix == ".gguf":
+        result["loading"] = loading(llm)
+        found = peer_decoders(Path(llm.source), peers)
     for mode, other in modes.items():
         own = {mode: own_decoder(other)}
         result[f"race, {mode}"] = race({**own, **found}, prompt, tokens, rounds, progress)

@@ -59,6 +59,11 @@ def _lines(result: dict[str, Any]) -> list[str]:
         f"{result['model']}: {result['weight_mb']} MB of weights a token, {result['isa']}, "
         f"{result['machine']['threads']} threads; this machine reads {result['read_gb_per_s']} GB/s"
     ]
+    if "loading" in result:
+        f = result["loading"]
+        out.append(
+            f"repacking {f['repack_s']:.2f} s; load to first token, packed before: {f['load_to_first_token_s']:.2f} s"
+        )
     for mode in ("hasten exact", "hasten int8"):
         r = result[mode]
         ratios = ", ".join(f"{n}: {v}" for n, v in r["ratio_to_one"].items())

@@ -55,8 +55,9 @@ inline void store_entry(uint8_t *p, int type, const float *x, int dim) {
       peak = size > peak ? size : peak;
       all += x[i];
     }
-    const float up = peak > 0 ? 127.0f / peak : 0.0f, scale = peak / 127.0f + (all - all);
-    for (int i = 0; i < dim; i++) p[i] = (uint8_t)(int8_t)__builtin_rintf(x[i] * up);
+    const float up = peak > 0 && all - all == 0.0f ? 127.0f / peak : 0.0f;
+    const float scale = peak / 127.0f + (all - all);  // NaN where a value is not finite
+    for (int i = 0; i < dim; i++) p[i] = up > 0 ? (uint8_t)(int8_t)__builtin_rintf(x[i] * up) : 0;
     memcpy(p + dim, &scale, 4);
   }
 }

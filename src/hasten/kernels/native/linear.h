@@ -25,15 +25,20 @@ inline void finish_tile(const Acts &a, int t, int b) {
     a.total[at] = sum(add(lo, hi));
     return;
   }
-  const float peak = largest(max(abs(lo), abs(hi)));
-  const float up = peak > 0 ? 127.0f / peak : 0.0f;
+  const float all = sum(add(lo, hi)), peak = largest(max(abs(lo), abs(hi)));
   int8_t *q = a.q + (int64_t)t * a.cols + b * TILE;
+  if (all - all != 0.0f) {  // a value is not finite: it must not be lost in rounding
+    memset(q, 0, TILE);
+    a.whole[at] = 0;
+    a.scale[at] = a.total[at] = all - all;
+    return;
+  }
+  const float up = peak > 0 ? 127.0f / peak : 0.0f;
   const vf wl = round(mul(lo, set(up))), wh = round(mul(hi, set(up)));
   to_i8(q, wl);
   to_i8(q + 16, wh);
   const int32_t whole = (int32_t)sum(add(wl, wh));  // at most 32 * 127: exact
-  const float all = sum(add(lo, hi));
-  a.scale[at] = peak / 127.0f + (all - all);  // NaN where a value is not finite: it must not be lost in rounding
+  a.scale[at] = peak / 127.0f;
   a.whole[at] = whole;
   a.total[at] = a.scale[at] * (float)whole;
 }
