@@ -7,12 +7,12 @@ from pathlib import Path
 import tiny
 import torch
 
-from hasten.engine.cache import Past
 from hasten.engine.contracts import Needs, RowInput
 from hasten.engine.engine import PLAIN, Parts
 from hasten.models.feature import identity
 from hasten.models.pseudo import Guesser, TrainedInputs, TransferMaps
 from hasten.models.transformer import Transformer
+from hasten.train.self_text import Texts
 from hasten.types import Request, SamplingParams
 
 
@@ -77,7 +77,7 @@ def by_hand(target: Transformer, guesser: Guesser, ids: torch.Tensor, anchor: in
 def requests(count: int, **sampling: float) -> list[Request]:
     """Ragged prompts of 4 to 31 tokens, with seeds."""
     return [
-        Request(tuple(range(i + 1, 3 * i + 5)), SamplingParams(max_tokens=20, seed=i, ignore_eos=True, **sampling))
+        Request(tuple(range(i + 1, 3 * i + 5)), SamplingParams(max_tokens=14, seed=i, ignore_eos=True, **sampling))
         for i in range(count)
     ]
 
@@ -97,5 +97,10 @@ def read(target: Transformer, ids: torch.Tensor, room: int = 64):
     return cache, done.hidden
 
 
-def past(cache) -> Past:
-    return Past(cache)
+def trained_texts():
+    """(engine over a tiny trained model, 48 texts of 4 + 24 tokens that it wrote)."""
+    engine, text = tiny.trained()
+    asked = [(Request(tuple(text(4)), SamplingParams(max_tokens=24, ignore_eos=True)), PLAIN) for _ in range(48)]
+    told = [[*request.prompt, *outs[0].tokens] for (request, _), outs in zip(asked, engine.run(asked), strict=True)]
+    ids = torch.tensor([t for one in told for t in one], dtype=torch.int32)
+    return engine, Texts(ids, torch.tensor([28] * 48), torch.tensor([4] * 48))

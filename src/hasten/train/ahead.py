@@ -7,7 +7,8 @@ tests compare the two.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from hasten.engine.masks import CAUSAL, mask
 from hasten.errors import HastenError, out_of_range
+from hasten.models.linear import Linear
 from hasten.models.placeholders import finish
 from hasten.models.pseudo import Guesser
 from hasten.models.transformer import Block, Transformer
@@ -195,6 +197,19 @@ def sample(batch: Sequence[Item], config: Config, generator: torch.Generator) ->
     return chosen
 
 
+@contextmanager
+def trainable(target: Transformer) -> Iterator[None]:
+    """Within it the target's weights are not packed, so that gradients pass through its operators."""
+    packed = [module for module in target.modules() if isinstance(module, Linear) and module.packed is not None]
+    for module in packed:
+        module.unpack()
+    try:
+        yield
+    finally:
+        for module in packed:
+            module.pack()
+
+
 def fit(
     guesser: Guesser,
     target: Transformer,
@@ -222,7 +237,8 @@ def fit(
             batch.append(data[int(torch.randint(len(data), (1,), generator=generator))])
         for group in optimiser.param_groups:
             group["lr"] = config.lr * features._schedule(step, config)
-        value, agreement = loss(target, guesser, batch, sample(batch, config, generator), config)
+        with torch.autocast("cpu", torch.bfloat16):
+            value, agreement = loss(target, guesser, batch, sample(batch, config, generator), config)
         if not bool(torch.isfinite(value)):
             raise HastenError(f"the loss is not finite at step {step}", hint="lower train.lr")
         optimiser.zero_grad()
@@ -240,7 +256,7 @@ def agreement(target: Transformer, guesser: Guesser, data: Sequence[Item]) -> li
     sums, weight = torch.zeros(guesser.count), 0.0
     for ids, prompt, unit in data:
         places = torch.arange(max(0, prompt - 1), len(ids) - guesser.count)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             found = loss(target, guesser, [(ids, prompt, unit)], [places], Config())[1]
         sums, weight = sums + len(places) * torch.tensor(found), weight + len(places)
     return (sums / max(weight, 1.0)).tolist()
