@@ -41,7 +41,7 @@ def train(
     sizes = Recipe(
         texts=texts, answer=answer, vocab=vocab, steps=steps, tokens=tokens, held_out=max(1, texts // 25), seed=seed
     )
-    llm = open_model(model, dtype, threads, False)
+    llm = open_model(model, dtype=dtype, threads=threads)
     with progress_bar() as progress:
         facts = run(recipe, llm, sizes, out=out, work=work, progress=progress)
     if json:

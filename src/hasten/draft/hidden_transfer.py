@@ -13,9 +13,10 @@ from hasten.draft._ahead import likeliest
 from hasten.engine.contracts import EMPTY_DRAFT, Draft, Draws, Feedback, MethodContext, Needs, RowView
 from hasten.errors import IncompatibleError, out_of_range
 from hasten.models.feature import weights_path
+from hasten.models.native import as_transformer
 from hasten.models.placeholders import look_ahead
 from hasten.models.pseudo import load_maps
-from hasten.models.transformer import Transformer
+from hasten.models.stack import DecoderStack
 from hasten.types import MethodCard
 
 card = MethodCard(
@@ -35,7 +36,7 @@ card = MethodCard(
         "ranks": "best tokens of each depth that are combined (1..32); 1 drafts a chain",
         "floor": "a path less likely than this is not drafted (0 up to 1)",
     },
-    needs=("causal", "hidden_states"),
+    needs=("causal", "hidden_states", "hooks"),
     conflicts=("lud",),
 )
 
@@ -72,7 +73,7 @@ class HiddenTransfer:
 
     def __init__(self, config: Config, context: MethodContext) -> None:
         target = context.backbone
-        if not isinstance(target, Transformer):
+        if not isinstance(target, DecoderStack):
             raise IncompatibleError(
                 f"method 'hidden-transfer' needs a model of hasten's own decoder stack; {context.model!r} runs on "
                 f"{target.name!r}",
@@ -139,7 +140,9 @@ class HiddenTransfer:
         if self.config.mode == "fused":
             return torch.stack([tip for tip in tips if isinstance(tip, Tensor)])
         known = [(row.past, tip) for row, tip in zip(rows, tips, strict=True) if row.past and not isinstance(tip, Tensor)]
-        return look_ahead(self.target, known, self._pseudo)
+        stack = as_transformer(self.target)
+        assert stack is not None  # noqa: S101 - a decoder stack has one, or cannot serve hooks
+        return look_ahead(stack, known, self._pseudo)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Nothing is learnt."""

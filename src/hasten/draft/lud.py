@@ -15,7 +15,7 @@ from hasten.engine.sampling import draw, uniform
 from hasten.errors import IncompatibleError, out_of_range
 from hasten.models.feature import weights_path
 from hasten.models.pseudo import load_inputs
-from hasten.models.transformer import Transformer
+from hasten.models.stack import DecoderStack
 from hasten.types import MethodCard
 
 card = MethodCard(
@@ -35,7 +35,7 @@ card = MethodCard(
         "places": "placeholders behind the root and the last drafted token (ends), or behind all of them (all)",
         "sampled": "accept that trust changes the distribution when temperature is above 0 (true or false)",
     },
-    needs=("causal",),
+    needs=("causal", "hooks"),
     conflicts=("hidden-transfer",),
 )
 
@@ -71,7 +71,7 @@ class Lud:
 
     def __init__(self, config: Config, context: MethodContext) -> None:
         target = context.backbone
-        if not isinstance(target, Transformer):
+        if not isinstance(target, DecoderStack):
             raise IncompatibleError(
                 f"method 'lud' needs a model of hasten's own decoder stack; {context.model!r} runs on {target.name!r}",
                 hint="choose another method (`hasten methods`)",

@@ -162,19 +162,13 @@ class _Turn:
         return wanted[max(0, len(wanted) - room) :]
 
     def input(self) -> RowInput:
-        """The row's queries with their keys' places, and placeholders behind them."""
-        plain, anchors = self._queries(), self.anchors
-        if anchors:
-            plain.pseudo, plain.anchors = self.pseudo, anchors
-        return plain
-
-    def _queries(self) -> RowInput:
-        row, base = self.row, self.row.cache.length
+        row, base, anchors = self.row, self.row.cache.length, self.anchors
+        pseudo = self.pseudo if anchors else None
         tokens = row.tokens[base : base + self.count]
         positions = torch.arange(base, base + self.count)
         if not len(self.draft):
             want: Literal["all", "last", "none"] = "all" if self.heard else "last" if self.ready else "none"
-            return RowInput(torch.tensor(tokens), positions, row.cache, CAUSAL, want)
+            return RowInput(torch.tensor(tokens), positions, row.cache, CAUSAL, want, pseudo=pseudo, anchors=anchors)
         root = self.count - 1
         chain = tuple(range(-1, root))
         parents = chain + tuple(root if p < 0 else root + 1 + p for p in self.draft.parents)
@@ -186,6 +180,8 @@ class _Turn:
             row.cache,
             Tree(parents),
             nodes,
+            pseudo=pseudo,
+            anchors=anchors,
         )
 
 
@@ -222,7 +218,7 @@ class AutoregressiveLoop:
                 reports.append(self._reading(turn, index, done, logits, drafter.needs))
             if turn.ready:
                 logits = logits[turn.heard :]
-                judged = self._judge(turn, logits)
+                judged = self._judge(turn, logits, done, done.logit_starts[index] + turn.heard)
                 if judged is None:
                     continue
                 if drafter is not None:
@@ -344,11 +340,19 @@ class AutoregressiveLoop:
         room = turn.row.cache.capacity - turn.row.cache.length - turn.count
         return max(0, min(drafter.max_nodes(turn.row.budget), turn.row.budget, room, LIMITS.draft_nodes))
 
-    def _judge(self, turn: _Turn, logits: Tensor) -> tuple[tuple[int, ...], int] | None:
-        """Verify, commit and compact one ready row; (accepted path, following token) for its drafter, None if failed."""
+    def _judge(self, turn: _Turn, logits: Tensor, done: Pass, first: int) -> tuple[tuple[int, ...], int] | None:
+        """Verify, commit and compact one ready row; (accepted path, following token) for its drafter, None if failed.
+
+        `logits` are rows `first`.. of the pass.
+        """
         row, base = turn.row, turn.row.cache.length
-        top = logits.max(-1)
-        if not all(math.isfinite(value) for value in top.values.tolist()):
+        if done.best is not None:
+            best = done.best[first : first + len(logits)]
+            broken = min(best) < 0
+        else:
+            top = logits.max(-1)
+            best, broken = top.indices.tolist(), not all(math.isfinite(value) for value in top.values.tolist())
+        if broken:
             row.cache.advance(turn.count)
             row.cache.scrub()
             row.reason, row.error = "error", "the model produced logits that are not finite"
@@ -358,12 +362,15 @@ class AutoregressiveLoop:
             self._prefilled(row)
         else:
             row.forwards += 1
-        self._emit(row, "forward", total=turn.count + len(turn.draft))
+        self._emit(row, "forward", total=turn.count + len(turn.draft), backbone=done.backbone)
         position = len(row.tokens)
         draws = row.drafter.draws if row.drafter is not None and turn.draft.q is not None else "point"
-        verdict = verify(row.law, logits, turn.draft, row.sampler, position, draws, top.indices.tolist())
+        verdict = verify(row.law, logits, turn.draft, row.sampler, position, draws, best)
         chosen = [0, *(node + 1 for node in verdict.path)]
-        lse = dict(zip(chosen, logits[chosen].logsumexp(-1).tolist(), strict=True))
+        if done.log_sum_exp is not None:
+            lse = {node: done.log_sum_exp[first + node] for node in chosen}
+        else:
+            lse = dict(zip(chosen, logits[chosen].logsumexp(-1).tolist(), strict=True))
         if verdict.path:
             kept = tuple(turn.draft.tokens[node] for node in verdict.path)
             self._emit(row, "accept", tokens=kept)
@@ -428,7 +435,7 @@ class AutoregressiveLoop:
         first = done.spans[index][0] + turn.count - 1
         inside = [first + node for node in nodes]
         tip, pseudo = turn.count + (path[-1] if path else -1), done.pseudo[index] if done.pseudo else None
-        topk = logits[pick].topk(needs.topk) if needs.topk else None
+        ids, values = done.topk(logits[pick], needs.topk) if needs.topk else (None, None)
         return Feedback(
             row=turn.row.id,
             nodes=nodes,
@@ -437,8 +444,8 @@ class AutoregressiveLoop:
             next=following,
             hidden={layer: done.hidden[layer][inside] for layer in needs.hidden},
             final=done.final_hidden[inside] if needs.final_hidden and done.final_hidden is not None else None,
-            topk=None if topk is None else topk.indices,
-            topk_logits=None if topk is None else topk.values,
+            topk=ids,
+            topk_logits=values,
             logits=logits[pick] if needs.logits else None,
             pseudo=pseudo[turn.anchors.index(tip)] if pseudo is not None and tip in turn.anchors else None,
         )
@@ -449,7 +456,7 @@ class AutoregressiveLoop:
         row, base = turn.row, turn.row.cache.length
         first = done.spans[index][0]
         span, heard = slice(first, first + turn.read), logits[: turn.heard]
-        topk = heard.topk(needs.topk) if needs.topk and turn.heard else None
+        ids, values = done.topk(heard, needs.topk) if needs.topk and turn.heard else (None, None)
         return Feedback(
             row=row.id,
             nodes=(),
@@ -458,8 +465,8 @@ class AutoregressiveLoop:
             next=row.tokens[base + turn.read],
             hidden={layer: done.hidden[layer][span] for layer in needs.hidden},
             final=done.final_hidden[span] if needs.final_hidden and done.final_hidden is not None else None,
-            topk=None if topk is None else topk.indices,
-            topk_logits=None if topk is None else topk.values,
+            topk=ids,
+            topk_logits=values,
             logits=heard if needs.logits and turn.heard else None,
         )
 

@@ -19,7 +19,6 @@ from hasten.engine.sampling import Sampler, draw, uniform
 from hasten.errors import ConfigError, out_of_range
 
 LAWS: tuple[Law, ...] = ("greedy", "match", "rejection", "typical", "trust")
-LOSSY: tuple[Law, ...] = ("typical", "trust")
 _RESIDUAL = 1 << 20  # random stream of the token drawn from a residual; streams below judge siblings
 
 

@@ -20,7 +20,7 @@ from hasten.engine.contracts import Pseudo
 from hasten.errors import FormatError, out_of_range
 from hasten.models.feature import compress, fill, read_layer
 from hasten.models.linear import Linear
-from hasten.models.transformer import Transformer
+from hasten.models.stack import DecoderStack
 
 Anchors = Literal["last", "ends", "all"]
 
@@ -33,7 +33,7 @@ class Guesser(nn.Module):
 
     kind = ""
 
-    def __init__(self, target: Transformer, kept: Tensor, count: int, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, target: DecoderStack, kept: Tensor, count: int, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         if count < 1:
             raise out_of_range("count", count, "at least 1")
@@ -82,10 +82,10 @@ class TransferMaps(Guesser):
     kind = "hidden-transfer"
 
     def __init__(
-        self, target: Transformer, kept: Tensor, layers: tuple[int, ...], dtype: torch.dtype | None = None
+        self, target: DecoderStack, kept: Tensor, layers: tuple[int, ...], dtype: torch.dtype | None = None
     ) -> None:
         super().__init__(target, kept, len(layers), dtype)
-        top = len(target.layers)
+        top = len(target.config.layers)
         if any(not 0 <= at <= top for at in layers) or list(layers) != sorted(layers):
             raise out_of_range("layers", layers, f"in [0, {top}], none below the one before it")
         self.at = tuple(layers)
@@ -117,13 +117,13 @@ class TrainedInputs(Guesser):
     kind = "lud"
 
     def __init__(
-        self, target: Transformer, kept: Tensor, count: int, rank: int, beside: int, dtype: torch.dtype | None = None
+        self, target: DecoderStack, kept: Tensor, count: int, rank: int, beside: int, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__(target, kept, count, dtype)
         for name, value in (("rank", rank), ("beside", beside)):
             if not 1 <= value <= 4096:
                 raise out_of_range(name, value, "in [1, 4096]")
-        c, n = target.config, len(target.layers)
+        c, n = target.config, len(target.config.layers)
         self.rank, self.beside = rank, beside
         qkv = (c.heads + 2 * c.kv_heads) * c.head_dim
         shapes = {"inputs": (count, c.hidden), "qkv_in": (n * rank, c.hidden), "qkv_out": (n * rank, qkv),
@@ -140,7 +140,7 @@ class TrainedInputs(Guesser):
     def _facts(self) -> dict[str, str]:
         return {"rank": str(self.rank), "beside": str(self.beside)}
 
-    def reset(self, target: Transformer, seed: int = 0) -> TrainedInputs:
+    def reset(self, target: DecoderStack, seed: int = 0) -> TrainedInputs:
         """Inputs near the mean embedding of the kept ids, and an adapter that adds nothing yet."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -170,7 +170,7 @@ class TrainedInputs(Guesser):
         return Pseudo((0,) * count, self.enter, self.adapt, anchors)
 
 
-def load_maps(path: str | Path, target: Transformer) -> TransferMaps:
+def load_maps(path: str | Path, target: DecoderStack) -> TransferMaps:
     """The maps stored at `path`; raises FormatError or ConfigError as `load_feature_model` does."""
     kept, facts, state = read_layer(path, "placeholders", TransferMaps.kind, target, "count")
     layers = facts.get("layers", "").split(",")
@@ -181,7 +181,7 @@ def load_maps(path: str | Path, target: Transformer) -> TransferMaps:
     return maps
 
 
-def load_inputs(path: str | Path, target: Transformer) -> TrainedInputs:
+def load_inputs(path: str | Path, target: DecoderStack) -> TrainedInputs:
     """The inputs and adapter stored at `path`; raises FormatError or ConfigError as `load_feature_model` does."""
     kept, facts, state = read_layer(path, "placeholders", TrainedInputs.kind, target, "count")
     sizes = [facts.get(name, "") for name in ("rank", "beside")]

@@ -34,7 +34,7 @@ def untrained(llm: LLM, path: Path) -> str:
 
     model: Any = llm.model
     kept = torch.arange(min(8192, model.capabilities.vocab_size))
-    maps = TransferMaps(model, kept, (len(model.layers) // 2,) * 3)
+    maps = TransferMaps(model, kept, (len(model.config.layers) // 2,) * 3)
     maps.save(path, identity(model, llm.name), {})
     return f"hidden-transfer:weights={path}"
 
