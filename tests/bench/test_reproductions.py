@@ -28,12 +28,12 @@ def small(tmp_path_factory):
         patch.setenv("HASTEN_HOME", str(home))
         llm = hasten.load(folder, dtype="float32", cache_bytes=64_000_000)
         sizes = Recipe(texts=10, answer=12, steps=3, tokens=256, vocab=200, held_out=1)
-        for recipe in ("aded", "fspad", "eagle"):
+        for recipe in ("aded", "fspad", "eagle", "medusa", "hidden-transfer", "lud"):
             train(recipe, llm, sizes)
     return str(folder), str(home)
 
 
-@pytest.mark.parametrize("slug", ["token-recycling", "aded", "rsd", "fspad"])
+@pytest.mark.parametrize("slug", ["token-recycling", "aded", "rsd", "fspad", "hidden-transfer", "lud"])
 def test_a_reproduction_runs_through(small, monkeypatch, tmp_path, slug):
     model, home = small
     monkeypatch.setenv("HASTEN_HOME", home)
@@ -53,8 +53,10 @@ def test_a_reproduction_runs_through(small, monkeypatch, tmp_path, slug):
     assert methods["plain"]["speedup"] == {"median": 1.0, "min": 1.0, "max": 1.0}
     assert methods["plain"]["tokens_per_pass"]["median"] == 1.0
     if slug != "rsd":  # greedy, float32: whatever is drafted, the texts are plain decoding's
-        assert {tuple(one["same_text"]) for one in methods.values()} == {(3 * len(groups), 3 * len(groups))}
-        assert result.quality == {"baseline": 1.0, "method": 1.0}
+        assert {tuple(one["same_text"]) for name, one in methods.items() if "trust" not in name} == {
+            (3 * len(groups), 3 * len(groups))
+        }
+        assert slug == "lud" or result.quality == {"baseline": 1.0, "method": 1.0}
     loops = {what: total for what, _, total in seen if not what.startswith("loading")}
     assert loops["answering prompts"] == 3 * len(groups)
     assert all((what, total, total) in seen for what, total in loops.items())

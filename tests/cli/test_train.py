@@ -14,8 +14,11 @@ import hasten as package
 SIZES = ("--texts", "10", "--answer", "12", "--tokens", "256", "--vocab", "200")
 
 
-@pytest.mark.parametrize("recipe", ["eagle", "fspad"])
-def test_a_trained_layer_is_found_by_its_method(hasten, tiny, tmp_path, monkeypatch, recipe):
+@pytest.mark.parametrize(
+    ("recipe", "ahead", "all_of_it"),
+    [("eagle", 4, "floor=0"), ("fspad", 4, "floor=0"), ("hidden-transfer", 3, "floor=0"), ("lud", 3, "beta=0")],
+)
+def test_a_trained_layer_is_found_by_its_method(hasten, tiny, tmp_path, monkeypatch, recipe, ahead, all_of_it):
     monkeypatch.setenv("HASTEN_HOME", str(tmp_path))
     before = hasten("run", tiny, "The quick", "--method", recipe)
     assert before.code == 2
@@ -25,10 +28,10 @@ def test_a_trained_layer_is_found_by_its_method(hasten, tiny, tmp_path, monkeypa
     facts = json.loads(result.out)
     assert Path(facts["path"]).is_relative_to(tmp_path)
     assert Path(facts["path"]).stat().st_size == facts["bytes"]
-    assert (facts["recipe"], facts["steps"], facts["target"]) == (recipe, 4, tiny)
-    assert len(facts["agreement_by_depth"]) == 4
+    assert (facts["recipe"], facts["steps"], facts["target"]) == (recipe, 4 if ahead == 4 else 1, tiny)
+    assert len(facts["agreement_by_depth"]) == ahead
     plain = hasten("run", tiny, "The quick", "--max-tokens", "20", "--method", "plain")
-    drafted = hasten("run", tiny, "The quick", "--max-tokens", "20", "--method", f"{recipe}:floor=0")
+    drafted = hasten("run", tiny, "The quick", "--max-tokens", "20", "--method", f"{recipe}:{all_of_it}")
     assert drafted.code == 0, drafted.err
     assert drafted.out == plain.out
     assert package.load(tiny).generate("The quick", max_tokens=9, method=[recipe, "prompt-lookup"]).method == (

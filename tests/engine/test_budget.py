@@ -219,3 +219,27 @@ def test_draft_seconds_are_reported():
     out = engine.run([(request, Parts(RandomTree(tiny.VOCAB), budget=4, measured=True))])[0][0]
     assert 0 < out.usage.draft_s < out.usage.decode_s
     assert engine.run([(request, PLAIN)])[0][0].usage.draft_s < out.usage.draft_s
+
+
+def test_placeholders_are_asked_for_while_they_pay_and_looked_at_ever_more_rarely_after():
+    budget = Budget()
+    drafter = Stub()
+    assert not budget.looks(drafter, 1, 3)  # plain passes are measured first
+    budget.cost.record(1, 1, 0.1)
+    budget.cost.record(1, 1, 0.1)
+    for tokens in range(4, 13):
+        budget.cost.record(1, tokens, 0.15)
+        budget.cost.record(1, tokens, 0.15)
+    assert budget.looks(drafter, 1, 3)  # nothing is known of it: worth a try at half a pass
+    acceptance = budget.book(drafter).acceptance
+    for _ in range(60):
+        acceptance.watch(1, 1, Draft((5, 6, 7), (-1, 0, 1)))
+        acceptance.judge(1, (4, 9, 9, 9))
+        acceptance.forget(1)
+    asked = [budget.looks(drafter, 1, 3) for _ in range(120)]
+    when = [i for i, yes in enumerate(asked) if yes]
+    assert when
+    gaps = [b - a for a, b in pairwise(when)]
+    assert gaps == sorted(gaps)
+    assert when[0] == 7
+    assert gaps[0] == 16

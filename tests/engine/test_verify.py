@@ -146,3 +146,17 @@ def test_bad_drafts_and_laws_are_named() -> None:
         sampler = Sampler(SamplingParams(temperature=1.0), 0, (2,), V)
         verify("rejection", LOGITS[:2], Draft((1,), (-1,), {-1: torch.ones(3)}), sampler, 1, "iid")
     assert depths((-1, 0, 0, 2)) == [1, 2, 2, 3]
+
+
+def test_trust_takes_every_first_child_unseen_and_the_next_token_from_where_it_ends():
+    sampler = Sampler(SamplingParams(), 0, (2,), V)
+    best = LOGITS.argmax(-1).tolist()
+    chain = Draft((0, 1, 4), (-1, 0, 1))
+    rows = torch.stack([LOGITS[2], LOGITS[0], LOGITS[1], LOGITS[4]])
+    verdict = verify("trust", rows, chain, sampler, 1)
+    assert verdict.path == (0, 1, 2)
+    assert verdict.next == best[4]
+    tree = Draft((3, 0, 1), (-1, -1, 1))
+    assert verify("trust", torch.stack([LOGITS[2], LOGITS[3], LOGITS[0], LOGITS[1]]), tree, sampler, 1).path == (0,)
+    assert verify("trust", LOGITS[2][None], Draft(), sampler, 1).next == best[2]
+    check_law("trust", "point", chain)

@@ -16,7 +16,7 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="What to train: eagle, fspad, medusa or aded.")],
+    recipe: Annotated[str, typer.Argument(help="What to train: eagle, fspad, medusa, hidden-transfer, lud or aded.")],
     model: Annotated[str, typer.Argument(help="The model it is for: catalog name, directory, hub id or file.")],
     texts: Annotated[int, typer.Option(help="Answers of the model to learn from.")] = 1600,
     answer: Annotated[int, typer.Option(help="Tokens of one answer at most.")] = 160,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hasten.draft._ahead import likeliest
 from hasten.engine.contracts import EMPTY_DRAFT, Draft, Draws, Feedback, MethodContext, Needs, RowView
 from hasten.errors import IncompatibleError, out_of_range
 from hasten.models.feature import weights_path
@@ -102,25 +102,8 @@ class Medusa:
             chances = (best.values - logits.logsumexp(-1, keepdim=True)).exp().tolist()
             tokens = self.heads.kept[best.indices].tolist()
         for i, ids, shares in zip(asked, tokens, chances, strict=True):
-            drafts[i] = self._tree(ids, shares, self.max_nodes(budgets[i]))
+            drafts[i] = likeliest(ids, shares, self.max_nodes(budgets[i]), self.config.floor)
         return drafts
-
-    def _tree(self, ids: list[list[int]], chances: list[list[float]], budget: int) -> Draft:
-        """The `budget` likeliest paths of (rank per head), parents before children."""
-        tokens: list[int] = []
-        parents: list[int] = []
-        scores: list[float] = []
-        heap = [(-chance, 0, rank, -1) for rank, chance in enumerate(chances[0]) if chance >= self.config.floor]
-        heapq.heapify(heap)
-        while heap and len(tokens) < budget:
-            reach, depth, rank, parent = heapq.heappop(heap)
-            tokens.append(ids[depth][rank])
-            parents.append(parent)
-            scores.append(chances[depth][rank])
-            for following, chance in enumerate(chances[depth + 1] if depth + 1 < len(chances) else ()):
-                if -reach * chance >= self.config.floor:
-                    heapq.heappush(heap, (reach * chance, depth + 1, following, len(tokens) - 1))
-        return Draft(tuple(tokens), tuple(parents), scores=tuple(scores)) if tokens else EMPTY_DRAFT
 
     def state_dict(self) -> dict[str, Tensor]:
         """Nothing is learnt."""

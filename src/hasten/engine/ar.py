@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hasten.engine.budget import Budget, select
-from hasten.engine.cache import RowCache
+from hasten.engine.cache import Past, RowCache
 from hasten.engine.contracts import (
     EMPTY_DRAFT,
     NO_NEEDS,
@@ -27,6 +27,7 @@ from hasten.engine.contracts import (
     Law,
     Needs,
     Pass,
+    Pseudo,
     RowInput,
     RowView,
 )
@@ -95,7 +96,8 @@ class Row:
 
     def view(self) -> RowView:
         """What a drafter sees of this row."""
-        return RowView(self.id, self.tokens, self.remaining, self.sampler.params.temperature, self.sampler.seed)
+        temperature = self.sampler.params.temperature
+        return RowView(self.id, self.tokens, self.remaining, temperature, self.sampler.seed, Past(self.cache))
 
     def output(self, now_s: float) -> Output:
         """The finished choice; `now_s` is on the trace clock."""
@@ -126,12 +128,16 @@ class Row:
 
 @dataclass(slots=True)
 class _Turn:
-    """One row's part of a pass: `count` pending tokens, then the nodes of `draft` when the row is `ready`."""
+    """One row's part of a pass: `count` pending tokens, then the nodes of `draft` when the row is `ready`.
+
+    `pseudo` are the placeholders its drafter asks for, None where they do not pay.
+    """
 
     row: Row
     count: int
     ready: bool
     draft: Draft = EMPTY_DRAFT
+    pseudo: Pseudo | None = None
 
     @property
     def heard(self) -> int:
@@ -144,13 +150,25 @@ class _Turn:
         """Prompt tokens that this pass reads, without the root."""
         return self.count - 1 if self.ready else self.count
 
+    @property
+    def anchors(self) -> tuple[int, ...]:
+        """Queries that placeholders hang on, as many as the cache has scratch slots for: the last ones first."""
+        if self.pseudo is None:
+            return ()
+        root, last = self.count - 1, self.count - 1 + len(self.draft)
+        places = {"last": (last,), "ends": tuple(dict.fromkeys((root, last))), "all": tuple(range(root, last + 1))}
+        room = (self.row.cache.capacity - self.row.cache.length - last - 1) // len(self.pseudo.layers)
+        wanted = places[self.pseudo.anchors]
+        return wanted[max(0, len(wanted) - room) :]
+
     def input(self) -> RowInput:
-        row, base = self.row, self.row.cache.length
+        row, base, anchors = self.row, self.row.cache.length, self.anchors
+        pseudo = self.pseudo if anchors else None
         tokens = row.tokens[base : base + self.count]
         positions = torch.arange(base, base + self.count)
         if not len(self.draft):
             want: Literal["all", "last", "none"] = "all" if self.heard else "last" if self.ready else "none"
-            return RowInput(torch.tensor(tokens), positions, row.cache, CAUSAL, want)
+            return RowInput(torch.tensor(tokens), positions, row.cache, CAUSAL, want, pseudo=pseudo, anchors=anchors)
         root = self.count - 1
         chain = tuple(range(-1, root))
         parents = chain + tuple(root if p < 0 else root + 1 + p for p in self.draft.parents)
@@ -162,6 +180,8 @@ class _Turn:
             row.cache,
             Tree(parents),
             nodes,
+            pseudo=pseudo,
+            anchors=anchors,
         )
 
 
@@ -181,6 +201,7 @@ class AutoregressiveLoop:
         if not turns:
             return
         started_s = self.trace.now()
+        self._place(turns)
         self._propose(turns)
         drafted_s = self.trace.now()
         needs = NO_NEEDS
@@ -211,7 +232,8 @@ class AutoregressiveLoop:
             drafter.observe(reports)
         ended_s = self.trace.now()
         if all(turn.count == 1 for turn in turns):
-            self.budget.cost.record(len(turns), sum(1 + len(turn.draft) for turn in turns), ended_s - drafted_s)
+            size = sum(1 + len(turn.draft) + self._worth(turn.pseudo, len(turn.anchors)) for turn in turns)
+            self.budget.cost.record(len(turns), size, ended_s - drafted_s)
         for turn in turns:
             turn.row.draft_s += (drafted_s - started_s) / len(turns)
 
@@ -240,6 +262,21 @@ class AutoregressiveLoop:
         row.cache.copy_from(lead.cache)
         row.cache.truncate(row.prompt_len - 1)
         row.lead = None
+
+    def _place(self, turns: Sequence[_Turn]) -> None:
+        """Give ready rows the placeholders that their drafters ask for; to measured rows only where they pay."""
+        for turn in turns:
+            row = turn.row
+            asked = row.drafter.needs.pseudo if turn.ready and row.drafter is not None and row.remaining > 1 else None
+            if asked is None or not asked.layers or row.drafter is None:
+                continue
+            if not row.measured or self.budget.looks(row.drafter, len(turns), len(turns) * self._worth(asked, 1)):
+                turn.pseudo = asked
+
+    def _worth(self, pseudo: Pseudo | None, anchors: int) -> int:
+        """Placeholders in whole queries: one that enters half-way up the layers costs half of one."""
+        layers = self.backbone.capabilities.layers
+        return 0 if pseudo is None else math.ceil(anchors * sum(1 - at / layers for at in pseudo.layers))
 
     def _propose(self, turns: Sequence[_Turn]) -> None:
         """Fill in the drafts of ready rows, each within its row's budget."""
@@ -292,6 +329,7 @@ class AutoregressiveLoop:
         if not measured:
             return
         others = sum(turn.count - 1 + len(turn.draft) for turn in turns) - sum(len(turn.draft) for turn in measured)
+        others += sum(self._worth(turn.pseudo, 1) for turn in turns)
         drafts = [(turn.row.id, cast(Drafter, turn.row.drafter), turn.draft) for turn in measured]
         for turn, draft in zip(measured, self.budget.keep(len(turns), others, drafts), strict=True):
             turn.draft = draft
@@ -396,6 +434,7 @@ class AutoregressiveLoop:
         pick = list(nodes)
         first = done.spans[index][0] + turn.count - 1
         inside = [first + node for node in nodes]
+        tip, pseudo = turn.count + (path[-1] if path else -1), done.pseudo[index] if done.pseudo else None
         ids, values = done.topk(logits[pick], needs.topk) if needs.topk else (None, None)
         return Feedback(
             row=turn.row.id,
@@ -408,6 +447,7 @@ class AutoregressiveLoop:
             topk=ids,
             topk_logits=values,
             logits=logits[pick] if needs.logits else None,
+            pseudo=pseudo[turn.anchors.index(tip)] if pseudo is not None and tip in turn.anchors else None,
         )
 
     @staticmethod

@@ -246,6 +246,7 @@ class _Book:
         self.acceptance = Acceptance()
         self.cost = PassCost()
         self.skipped, self.patience = 0, 8
+        self.blind, self.rest = 0, 8  # passes without its placeholders, and how many there are to be
 
 
 class Budget:
@@ -288,6 +289,26 @@ class Budget:
             if book.skipped >= book.patience:  # times change: look again, ever more rarely
                 book.skipped, book.patience, chosen = 0, min(2 * book.patience, 128), min(2, cap)
         return [min(chosen, one) for one in caps]
+
+    def looks(self, drafter: Drafter, rows: int, extra: int) -> bool:
+        """Whether placeholders that take as long as `extra` more tokens in each pass promise more than they cost.
+
+        Plain passes are measured first: without them there would be nothing to compare with.
+        """
+        book, plain = self.book(drafter), self.cost.table(rows).get(rows)
+        if plain is None:
+            return False
+        promised = max(
+            (1.0 + book.acceptance.expected(nodes)) / self.cost(rows, rows * (1 + nodes) + extra) for nodes in GRID[1:9]
+        )
+        if promised > 1.0 / plain:
+            book.blind, book.rest = 0, 8
+            return True
+        book.blind += 1
+        if book.blind < book.rest:
+            return False
+        book.blind, book.rest = 0, min(2 * book.rest, 128)  # times change: look again, ever more rarely
+        return True
 
     def keep(self, rows: int, fixed: int, drafts: Sequence[tuple[int, Drafter, Draft]]) -> list[Draft]:
         """The part of each (row, drafter, draft) that pays, chosen over all rows of the pass at once.

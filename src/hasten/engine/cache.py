@@ -166,6 +166,26 @@ class RowCache:
             pool.give_back(self.slab)
 
 
+@dataclass(frozen=True, slots=True)
+class Past:
+    """The keys of a row, for drafters to hand to a backbone that looks ahead; they read and change nothing themselves.
+
+    A backbone reads the committed slots and may use the free ones as scratch.
+    """
+
+    cache: RowCache
+
+    @property
+    def length(self) -> int:
+        """Committed slots."""
+        return self.cache.length
+
+    @property
+    def room(self) -> int:
+        """Free slots."""
+        return self.cache.capacity - self.cache.length
+
+
 class CachePool:
     """Slabs of one layout within `budget_bytes`; freed slabs are kept and handed out again.
 

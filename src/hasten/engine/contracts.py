@@ -19,14 +19,14 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from hasten.engine.cache import CachePool, RowCache
+from hasten.engine.cache import CachePool, Past, RowCache
 from hasten.engine.masks import CAUSAL, Visibility
 from hasten.errors import IncompatibleError
 
 ModelKind = Literal["causal", "masked", "encoder-decoder"]
 CacheKind = Literal["kv", "kv_sparse", "recurrent", "cross"]
 Draws = Literal["point", "iid", "swor"]
-Law = Literal["greedy", "match", "rejection", "typical"]
+Law = Literal["greedy", "match", "rejection", "typical", "trust"]
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -69,6 +69,24 @@ class Capabilities:
         return need in self.visibilities
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Pseudo:
+    """Placeholder queries behind real ones: len(`layers`) of them behind each anchor, never seen by a real query.
+
+    Placeholder i (counted from 0) of the anchor v stands at position pos(v) + i + 1 and runs from layer `layers[i]` on
+    (0-based and never falling; the number of layers = only the final norm). It sees what v sees, v, and the placeholders of
+    v before it. `enter(i, states [A, hidden]) -> [A, hidden]` makes its state from the anchors' states entering that layer.
+    `adapt(layer, where, x [M, hidden]) -> Tensor | None` is added for placeholders alone to the output of "qkv" (before
+    norms and rotation) or "ffn"; x is that part's normed input. `anchors`: a row's last query, its root and last query
+    ("ends"), or its root and all nodes; rows that are still reading a prompt have none.
+    """
+
+    layers: tuple[int, ...]
+    enter: Callable[[int, Tensor], Tensor]
+    adapt: Callable[[int, str, Tensor], Tensor | None] | None = None
+    anchors: Literal["last", "ends", "all"] = "all"
+
+
 @dataclass(frozen=True, slots=True)
 class Needs:
     """What a part wants back from a target pass.
@@ -77,7 +95,7 @@ class Needs:
     norm. `topk`: ids and logits of the k best tokens at every verified node. `logits`: raw logits of every node.
     `embeds`: fused input embeddings. `feedback`: report accepted nodes only, or all. `prompt`: also report the prompt
     as it is read, and with `prompt_logits` the asked topk or logits there too, which costs the output layer over all of
-    it. `pseudo`: placeholder positions inserted per row for one pass, invisible to real rows.
+    it. `pseudo`: placeholder queries that run beside a row's own for one pass; see Pseudo.
     """
 
     hidden: tuple[int, ...] = ()
@@ -88,7 +106,7 @@ class Needs:
     feedback: Literal["accepted", "all"] = "accepted"
     prompt: bool = False
     prompt_logits: bool = False
-    pseudo: int = 0
+    pseudo: Pseudo | None = None
 
     def union(self, other: Needs) -> Needs:
         """The least that satisfies both."""
@@ -101,7 +119,7 @@ class Needs:
             feedback="all" if "all" in (self.feedback, other.feedback) else "accepted",
             prompt=self.prompt or other.prompt,
             prompt_logits=self.prompt_logits or other.prompt_logits,
-            pseudo=max(self.pseudo, other.pseudo),
+            pseudo=self.pseudo or other.pseudo,
         )
 
 
@@ -139,6 +157,7 @@ class RowInput:
     are written to slots `start`..`start + T - 1` (`start` None = after the committed ones) and the committed length is
     left alone: the engine commits with `cache.advance / gather`, so an uncommitted pass leaves no trace. `logits` names
     the queries whose logits are wanted: "none", "last", "all" or indices. `cache` None = no past and nothing stored.
+    `pseudo` adds placeholders behind the queries `anchors`; their keys take the slots after, for this pass only.
     """
 
     tokens: Tensor
@@ -149,6 +168,8 @@ class RowInput:
     start: int | None = None
     embeds: Tensor | None = None
     hooks: LayerHooks | None = None
+    pseudo: Pseudo | None = None
+    anchors: tuple[int, ...] = ()
 
     @property
     def queries(self) -> int:
@@ -170,7 +191,8 @@ class Pass:
     `logits` float32 [sum of wanted, vocab]: row r's block starts at `logit_starts[r]`. `spans[r]` is row r's (start, end)
     in `hidden[layer]` and `final_hidden` [N, hidden] (N = all queries), present as asked. A backbone that has them at hand
     also gives the arg-max `best` of every logit row (-1 where a logit is not finite), its `log_sum_exp`, and `top`, its own
-    way to the k best of some rows. `backbone` says who ran the pass.
+    way to the k best of some rows. `backbone` says who ran the pass. `pseudo[r]`: row r's placeholders after the final
+    norm [anchors, placeholders, hidden], or None.
     """
 
     logits: Tensor
@@ -183,6 +205,7 @@ class Pass:
     log_sum_exp: list[float] | None = None
     top: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None
     backbone: str = ""
+    pseudo: tuple[Tensor | None, ...] = ()
 
     def topk(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """(ids, logits) [n, k] of the k best of every row of `logits` [n, vocab]."""
@@ -287,6 +310,7 @@ class Feedback:
     `nodes`: indices reported into [root, node 0, ...] (0 = root), `tokens`: their tokens, `path`: accepted nodes, `next`:
     the token emitted after them (-1 when cut). Tensors, as asked in `Needs`, have one row per reported node. A report
     without nodes is a part of the prompt that was read: one row per entry of `tokens`, `next` follows the last of them.
+    `pseudo` [placeholders, hidden]: final states of the placeholders behind the last accepted node, where it had any.
     A further choice (n > 1) copies its first one's reading, so only that one hears of the prompt.
     """
 
@@ -300,17 +324,22 @@ class Feedback:
     topk: Tensor | None = None
     topk_logits: Tensor | None = None
     logits: Tensor | None = None
+    pseudo: Tensor | None = None
 
 
 @dataclass(slots=True)
 class RowView:
-    """A drafter's read-only view of one row: its id, all committed tokens (prompt included), and how many may follow."""
+    """A drafter's read-only view of one row: its id, all committed tokens (prompt included), and how many may follow.
+
+    `past` stands for the row's keys; a drafter only hands it on, to a backbone that can look ahead from it.
+    """
 
     id: int
     tokens: Sequence[int]
     remaining: int
     temperature: float
     seed: int
+    past: Past | None = None
 
 
 class Drafter(Protocol):
@@ -318,6 +347,8 @@ class Drafter(Protocol):
 
     `scope` "row" or "shared" says where state lives; state is keyed by row id, never by batch index. `draws` says how
     siblings were chosen (decides the law). `max_nodes(budget)` is the largest draft it will make for that budget.
+    A drafter may have an attribute `law` that its drafts are judged by unless the request says otherwise: "trust" is lossy,
+    and refused for sampled requests unless the drafter's attribute `sampled` is true.
     """
 
     name: str

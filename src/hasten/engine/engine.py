@@ -26,7 +26,8 @@ from hasten.types import Event, Output, Request
 class Parts:
     """The method parts of one request, already built: `method` names them in the output.
 
-    `law` None picks the exact one: greedy at temperature 0, else match, or rejection for drafts that are sampled.
+    `law` None picks the drafter's own where it names one, else the exact one: greedy at temperature 0, else match, or
+    rejection for drafts that are sampled.
     `budget` is the most draft nodes per step; with `measured` only the nodes that pay on this machine are
     verified, else all that the drafter proposes.
     """
@@ -111,8 +112,16 @@ class Engine:
         if sampling.stop and self._decoder is None:
             raise ConfigError("stop strings need a tokenizer; this engine has none", hint="use stop_ids", field="stop")
         draws = parts.drafter.draws if parts.drafter else "point"
-        law: Law = parts.law or ("greedy" if sampling.greedy else "match" if draws == "point" else "rejection")
+        exact: Law = "greedy" if sampling.greedy else "match" if draws == "point" else "rejection"
+        law: Law = parts.law or getattr(parts.drafter, "law", None) or exact
         check_law(law, draws)
+        if law == "trust" and not sampling.greedy and not getattr(parts.drafter, "sampled", False):
+            name = parts.drafter.name if parts.drafter else "plain"
+            raise ConfigError(
+                f"temperature = {sampling.temperature} with drafts that nobody verifies changes what is sampled",
+                hint=f"temperature=0, an exact mode, or {name}:sampled=true to accept that",
+                field="temperature",
+            )
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         Sampler(sampling, seed, prompt, caps.vocab_size)  # refuses ids outside the vocabulary now, not when admitted
         slack = parts.budget if parts.drafter is not None else 0

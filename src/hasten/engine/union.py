@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hasten.engine.budget import CHEAP, GRID, Acceptance, PassCost, paths
 from hasten.engine.contracts import EMPTY_DRAFT, NO_NEEDS, Draft, Drafter, Draws, Feedback, Needs, RowView
-from hasten.errors import ConfigError
+from hasten.errors import ConfigError, IncompatibleError
 
 _TYPICAL = 8  # nodes of one row by which members are compared
 _MOST = 31  # nodes of one row that are looked at beforehand
@@ -45,6 +45,11 @@ class Union:
     def __init__(self, members: Sequence[Drafter], cost: PassCost | None = None) -> None:
         if len(members) < 2:
             raise ConfigError(f"a union of {len(members)} drafters; name at least two", field="method")
+        lossy = [member.name for member in members if getattr(member, "law", None) is not None]
+        behind = [member.name for member in members if member.needs.pseudo is not None]
+        if lossy or len(behind) > 1:
+            why = f"nobody verifies drafts of {lossy[0]!r}" if lossy else f"{' and '.join(behind)} both add placeholders"
+            raise IncompatibleError(f"{why}, so it drafts alone", hint="choose one, in an exact mode", field="method")
         self.members = tuple(members)
         self._cost = cost
         self._records = [_Record() for _ in members]
@@ -203,4 +208,5 @@ def _part(report: Feedback, needs: Needs) -> Feedback:
         topk=None if topk is None else topk[:, : needs.topk],
         topk_logits=None if values is None else values[:, : needs.topk],
         logits=cut(report.logits, scored and needs.logits),
+        pseudo=report.pseudo if needs.pseudo is not None else None,
     )

@@ -3,7 +3,7 @@
 Every law walks the draft from the root; a row without a draft walks zero nodes, so plain decoding is the same code.
 Laws (specs of speculative sampling, section 3): greedy and match take the token plain decoding would take and descend
 while a child carries it (token-identical to plain decoding); rejection keeps the target's distribution for drafts that
-were sampled from a known q; typical is lossy and must be asked for by name.
+were sampled from a known q; typical and trust (which takes drafts unseen) are lossy and must be asked for by name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hasten.engine.contracts import Draft, Draws, Law, Verdict
 from hasten.engine.sampling import Sampler, draw, uniform
 from hasten.errors import ConfigError, out_of_range
 
-LAWS: tuple[Law, ...] = ("greedy", "match", "rejection", "typical")
+LAWS: tuple[Law, ...] = ("greedy", "match", "rejection", "typical", "trust")
 _RESIDUAL = 1 << 20  # random stream of the token drawn from a residual; streams below judge siblings
 
 
@@ -88,6 +88,8 @@ def verify(
         best = logits.argmax(-1).tolist()
     if not len(draft):
         return Verdict((), best[0] if sampler.plain and best else sampler.choose(logits[0], (), position))
+    if law == "trust":
+        return _trust(logits, draft, sampler, position)
     if law == "typical" and not sampler.params.greedy:
         return _typical(logits, draft, sampler, position)
     if law == "rejection" and not sampler.params.greedy:
@@ -163,6 +165,23 @@ def _siblings(draft: Draft, children: dict[int, list[int]], parent: int, draws: 
         return children.get(parent, [])
     order = draft.order if draft.order is not None else range(len(draft))
     return [node for node in order if draft.parents[node] == parent]
+
+
+def _trust(logits: Tensor, draft: Draft, sampler: Sampler, position: int) -> Verdict:
+    """Lexical units' acceptance (lossy): every first child stands, unless a logit rule forbids it there."""
+    children = _children(draft)
+    path: list[int] = []
+    tokens: list[int] = []
+    at = -1
+    while at in children:
+        node = children[at][0]
+        allowed = sampler.process(logits[at + 1], tokens) if sampler.rules else None
+        if allowed is not None and float(allowed[draft.tokens[node]]) == -math.inf:
+            break
+        path.append(node)
+        tokens.append(draft.tokens[node])
+        at = node
+    return Verdict(tuple(path), sampler.choose(logits[at + 1], tokens, position + len(path)))
 
 
 def _typical(

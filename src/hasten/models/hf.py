@@ -153,9 +153,9 @@ class HFBackbone:
 
     def serves(self, rows: Sequence[RowInput], needs: Needs) -> bool:
         """Tokens without hooks; hidden states entering a layer and after the final norm, not between the two."""
-        plain = all(row.hooks is None and row.embeds is None for row in rows)
+        plain = all(row.hooks is None and row.embeds is None and row.pseudo is None for row in rows)
         inner = all(0 <= i < self.capabilities.layers for i in needs.hidden)
-        return plain and inner and not needs.embeds and needs.pseudo == 0
+        return plain and inner and not needs.embeds and needs.pseudo is None
 
     @torch.inference_mode()
     def run(self, rows: Sequence[RowInput], needs: Needs = NO_NEEDS) -> Pass:

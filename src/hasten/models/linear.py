@@ -51,6 +51,7 @@ class Linear(nn.Module):
         self.weight: nn.Parameter | None = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(outputs, dtype=dtype)) if bias else None
         self.packed: Tensor | None = None
+        self.inputs, self.dtype = inputs, dtype
 
     def pack(self) -> None:
         """Pack the weight for inference if this machine gains from it; otherwise leave it as it is."""
@@ -59,6 +60,13 @@ class Linear(nn.Module):
             return
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
         self.weight = None
+
+    def unpack(self) -> None:
+        """Undo `pack`, so that gradients can pass; the weight is read off by applying the operator to unit vectors."""
+        if self.packed is not None:
+            units = torch.eye(self.inputs, dtype=self.dtype)
+            weight = torch.ops.mkldnn._linear_pointwise(units, self.packed, None, "none", [], "").T.contiguous()
+            self.weight, self.packed = nn.Parameter(weight, requires_grad=False), None
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out] of x [..., in]."""

@@ -178,7 +178,7 @@ class NativeStack(DecoderStack):
 
     @staticmethod
     def _native(rows: Sequence[RowInput], needs: Needs) -> bool:
-        return needs.pseudo == 0 and all(row.hooks is None for row in rows)
+        return all(row.hooks is None and row.pseudo is None for row in rows)
 
     def run(self, rows: Sequence[RowInput], needs: Needs = NO_NEEDS) -> Pass:
         """One pass over ragged rows; see RowInput for where keys are written and which logits come back.

@@ -8,7 +8,7 @@ blocks; only attention differs. This stack is the oracle for every other backbon
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hasten.engine.cache import CacheLayout, CachePool
 from hasten.engine.contracts import NO_NEEDS, Capabilities, LayerHooks, Needs, Pass, RowInput
-from hasten.engine.masks import ALL_VISIBILITIES, CAUSAL, Visibility, at_layer, mask
+from hasten.engine.masks import ALL_VISIBILITIES, CAUSAL, Causal, Tree, Visibility, at_layer, mask
 from hasten.errors import FormatError, UnsupportedError, out_of_range
 from hasten.models.config import ModelConfig
 from hasten.models.linear import Linear
@@ -52,14 +52,15 @@ class Norm(nn.Module):
     __call__ = forward
 
 
-_TILE = 64  # keys are read in whole tiles, masked where nothing is stored: sums then run in one order for any pass
+TILE = 64  # keys are read in whole tiles, masked where nothing is stored: sums then run in one order for any pass
 
 
 @dataclass(slots=True)
-class _RowPlan:
+class RowPlan:
     """What one row needs in every layer of a pass: its span in the flat batch, cache slots, and masks by kind.
 
-    `visible` slots hold keys, `read` are looked at: whole tiles of a cache, or all when there is none.
+    `visible` slots hold keys, `read` are looked at: whole tiles of a cache, or all when there is none. `extra` is the span
+    of its placeholders, which lie behind the queries of all rows; `known` states of an anchor where there are no queries.
     """
 
     row: RowInput
@@ -68,11 +69,14 @@ class _RowPlan:
     read: int
     span: slice
     positions: Tensor
+    visibility: Visibility
     masks: dict[tuple[int, int | None, torch.dtype], Tensor | None] = field(default_factory=dict)
+    extra: slice = field(default_factory=lambda: slice(0, 0))
+    known: Mapping[int, Tensor] | None = None
 
     def mask_at(self, layer: int, window: int | None, dtype: torch.dtype) -> Tensor | None:
         """The mask [T, read] of this row in `layer`, as bool or added to scores of `dtype`; made once per kind and pass."""
-        visibility = at_layer(self.row.visibility, layer)
+        visibility = at_layer(self.visibility, layer)
         key = (id(visibility), window, dtype)
         if key not in self.masks:
             cache = self.row.cache
@@ -86,6 +90,11 @@ class _RowPlan:
                 allowed = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, -torch.inf)
             self.masks[key] = allowed
         return self.masks[key]
+
+    def pick(self, x: Tensor) -> Tensor:
+        """This row's part of x [N, ...]: its queries, then its placeholders."""
+        own = x[self.span]
+        return own if self.extra.stop == self.extra.start else torch.cat((own, x[self.extra]))
 
 
 class Block(nn.Module):
@@ -109,10 +118,15 @@ class Block(nn.Module):
         self.post_attn_norm = Norm(c.hidden, c.norm_eps, dtype) if c.sandwich_norms else None
         self.post_ffn_norm = Norm(c.hidden, c.norm_eps, dtype) if c.sandwich_norms else None
 
-    def project(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised, rotated q [..., heads, head_dim] and k, v [..., kv_heads, head_dim] of normed x [..., hidden]."""
+    def project(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, added: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised, rotated q [..., heads, head_dim] and k, v [..., kv_heads, head_dim] of normed x [..., hidden].
+
+        `added` [M, ...] is added to the last M rows before norms and rotation.
+        """
         c = self.config
-        fused = self.qkv(x).unflatten(-1, (c.heads + 2 * c.kv_heads, c.head_dim))
+        fused = plus(self.qkv(x), added).unflatten(-1, (c.heads + 2 * c.kv_heads, c.head_dim))
         qk, v = fused[..., : c.heads + c.kv_heads, :], fused[..., c.heads + c.kv_heads :, :]
         if self.q_norm is not None and self.k_norm is not None:
             qk = torch.cat((self.q_norm(qk[..., : c.heads, :]), self.k_norm(qk[..., c.heads :, :])), dim=-2)
@@ -157,15 +171,25 @@ class Block(nn.Module):
         gate = F.silu(gate) if self.silu else F.gelu(gate, approximate="tanh")
         return cast(Tensor, self.down(gate * up))
 
-    def ragged(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, plans: Sequence[_RowPlan]) -> Tensor:
+    def ragged(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        plans: Sequence[RowPlan],
+        added: Tensor | None = None,
+    ) -> Tensor:
         """Attention output [N, hidden] of normed x [N, hidden], each row over its own cache (which it fills)."""
-        q, k, v = self.project(x, rotary)
+        q, k, v = self.project(x, rotary, added)
         if len(plans) == 1:
             return cast(Tensor, self.out(self._row(plans[0], q, k, v)))
-        mixed = [self._row(plan, q[plan.span], k[plan.span], v[plan.span]) for plan in plans]
+        mixed = [self._row(plan, plan.pick(q), plan.pick(k), plan.pick(v)) for plan in plans]
+        queries = [plan.span.stop - plan.span.start for plan in plans]
+        if sum(queries) < len(x):  # placeholders go behind the queries of all rows again
+            behind = [part[t:] for part, t in zip(mixed, queries, strict=True)]
+            mixed = [part[:t] for part, t in zip(mixed, queries, strict=True)] + behind
         return cast(Tensor, self.out(torch.cat(mixed)))
 
-    def _row(self, plan: _RowPlan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _row(self, plan: RowPlan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Mixed values [T, heads * D] of one row's q, k and v [T, heads, D]."""
         cache = plan.row.cache
         kind = q.dtype if self.config.attn_softcap is None else torch.bool
@@ -181,8 +205,8 @@ class Block(nn.Module):
             slab_k[:, start:end] = k.transpose(0, 1)
             slab_v[:, start:end] = v.transpose(0, 1)
         keys, values = slab_k[:, : plan.read], slab_v[:, : plan.read]
-        if self.window and plan.visible == end and end - start == 1 and end > self.window + _TILE and allowed is not None:
-            first = (end - self.window) // _TILE * _TILE  # tiles that lie wholly before the window are not read
+        if self.window and plan.visible == end and end - start == 1 and end > self.window + TILE and allowed is not None:
+            first = (end - self.window) // TILE * TILE  # tiles that lie wholly before the window are not read
             keys, values, allowed = keys[:, first:], values[:, first:], allowed[:, first:]
         return self.attend(q, keys, values, allowed)
 
@@ -214,6 +238,14 @@ class Block(nn.Module):
         y = beside("ffn", x, self.feed_forward(x) if replaced is None else replaced)
         out = out + (y if self.post_ffn_norm is None else self.post_ffn_norm(y))
         return beside("layer", h, out)
+
+
+def plus(x: Tensor, added: Tensor | None) -> Tensor:
+    """x [..., N, size] with `added` [..., M, size] on its last M rows."""
+    if added is None:
+        return x
+    n = x.shape[-2] - added.shape[-2]
+    return torch.cat((x[..., :n, :], x[..., n:, :] + added), -2)
 
 
 class Transformer(nn.Module, DecoderStack):
@@ -297,8 +329,15 @@ class Transformer(nn.Module, DecoderStack):
         return CachePool(CacheLayout(len(c.layers), c.kv_heads, c.head_dim, self.dtype), budget_bytes)
 
     def serves(self, rows: Sequence[RowInput], needs: Needs) -> bool:
-        """Every visibility and need except placeholder positions; every hook except `kv_write` (no sparse KV layers)."""
-        return needs.pseudo == 0 and all(row.hooks is None or row.hooks.kv_write is None for row in rows)
+        """Every visibility, need and hook except `kv_write` (no sparse KV layers), and placeholders without hooks only.
+
+        Rows with placeholders are causal or trees, and rows of one pass have theirs adapted in one way.
+        """
+        if any(row.hooks is not None and row.hooks.kv_write is not None for row in rows):
+            return False
+        behind = [row for row in rows if row.pseudo is not None]
+        simple = all(isinstance(row.visibility, (Causal, Tree)) for row in behind)
+        return not behind or (simple and all(row.hooks is None for row in rows))
 
     def _embed(self, tokens: Tensor) -> Tensor:
         h = self.embed(tokens)
@@ -356,7 +395,7 @@ class Transformer(nn.Module, DecoderStack):
         logits = self.logits(self.norm(h))
         return logits if hidden is None else (logits, taps)
 
-    def _plan(self, rows: Sequence[RowInput]) -> tuple[list[_RowPlan], Tensor]:
+    def _plan(self, rows: Sequence[RowInput]) -> tuple[list[RowPlan], Tensor]:
         """Row plans and the input embeddings [N, hidden] of all queries, flat in row order."""
         plans, at = [], 0
         for row in rows:
@@ -367,8 +406,8 @@ class Transformer(nn.Module, DecoderStack):
             if row.cache is not None:
                 start = row.cache.length if row.start is None else row.start
                 visible = row.cache.reserve(start, row.positions)
-                read = min(-(-visible // _TILE) * _TILE, row.cache.capacity)
-            plans.append(_RowPlan(row, start, visible, read, slice(at, at + t), row.positions))
+                read = min(-(-visible // TILE) * TILE, row.cache.capacity)
+            plans.append(RowPlan(row, start, visible, read, slice(at, at + t), row.positions, row.visibility))
             at += t
         if all(row.embeds is None for row in rows):
             return plans, self._embed(rows[0].tokens if len(rows) == 1 else torch.cat([row.tokens for row in rows]))
@@ -382,10 +421,14 @@ class Transformer(nn.Module, DecoderStack):
         Raises UnsupportedError for needs it does not serve, MemoryFitError when a row's cache is full.
         """
         if not self.serves(rows, needs):
-            raise UnsupportedError("the torch stack serves neither placeholder positions nor the kv_write hook")
+            raise UnsupportedError("the torch stack does not serve the kv_write hook, nor placeholders beside other hooks")
         plans, h = self._plan(rows)
         embeds = h if needs.embeds else None
         hooked = any(row.hooks is not None for row in rows)
+        if any(row.pseudo is not None for row in rows):
+            from hasten.models.placeholders import widened
+
+            return widened(self, h, plans, needs, embeds)
         positions = plans[0].positions if len(plans) == 1 else torch.cat([plan.positions for plan in plans])
         rotary = [table.at(positions, self.dtype) for table in self.ropes]
         taps: dict[int, Tensor] = {}
@@ -409,7 +452,7 @@ class Transformer(nn.Module, DecoderStack):
         return self._output(h, plans, needs, taps, embeds)
 
     def _output(
-        self, h: Tensor, plans: Sequence[_RowPlan], needs: Needs, taps: dict[int, Tensor], embeds: Tensor | None
+        self, h: Tensor, plans: Sequence[RowPlan], needs: Needs, taps: dict[int, Tensor], embeds: Tensor | None
     ) -> Pass:
         """Final norm and head, only for the positions that are read."""
         wanted: list[int] = []
@@ -430,7 +473,7 @@ class Transformer(nn.Module, DecoderStack):
         return Pass(logits, tuple(starts), spans, taps, final, embeds, backbone=self.name)
 
     @staticmethod
-    def _before(i: int, h: Tensor, plans: Sequence[_RowPlan]) -> tuple[Tensor, bool]:
+    def _before(i: int, h: Tensor, plans: Sequence[RowPlan]) -> tuple[Tensor, bool]:
         """Run before_layer hooks; rows may change length, so spans and masks follow. Returns (h, whether changed)."""
         parts, at, changed = [], 0, False
         for plan in plans:
@@ -448,7 +491,7 @@ class Transformer(nn.Module, DecoderStack):
         return (torch.cat(parts), True) if changed else (h, False)
 
     @staticmethod
-    def _one(block: Block, h: Tensor, mixed: Tensor, normed: Tensor, plan: _RowPlan) -> Tensor:
+    def _one(block: Block, h: Tensor, mixed: Tensor, normed: Tensor, plan: RowPlan) -> Tensor:
         """One row's way through the rest of a block, with or without hooks."""
         s, hooks = plan.span, plan.row.hooks
         if hooks is None:
