@@ -112,7 +112,7 @@ def test_wrong_files_and_sizes_are_refused(tmp_path):
     with pytest.raises(FormatError, match="unexpected extra"):
         load_small(path, target)
     save_file(state, path, {**facts, **sizes, "layers": "3"})
-    with pytest.raises(FormatError, match="missing layers.2"):
+    with pytest.raises(FormatError, match=r"missing layers\.2"):
         load_small(path, target)
     path.write_bytes(path.read_bytes()[:150])
     with pytest.raises(FormatError, match="cannot be read"):

@@ -173,6 +173,7 @@ def pretrain(
     config: Config,
     checkpoint: Path | None = None,
     report: Callable[[int, float], None] | None = None,
+    every: int = 100,
 ) -> None:
     """Stage 1: next-token loss on windows drawn from each of the `sources` (int [N] ids) in turn."""
     index = _index(model)
@@ -189,7 +190,7 @@ def pretrain(
     pace = loop.Pace(config.pretrain, config.lr, config.warmup, config.clip)
     own = {name: value for name, value in asdict(config).items() if name not in _ALIGN}
     facts = str({"stage": "pretrain", "ids": sum(map(len, sources)), **_sizes(model), **own})
-    loop.run(model.trained(), pace, loss, loop.Keep(checkpoint, 100, facts), report)
+    loop.run(model.trained(), pace, loss, loop.Keep(checkpoint, every, facts), report)
 
 
 _ALIGN = ("align", "align_lr", "share", "measure")  # settings that pretraining does not depend on
