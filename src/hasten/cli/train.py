@@ -23,7 +23,7 @@ def train(
     steps: Annotated[int, typer.Option(help="Training steps.")] = 1200,
     tokens: Annotated[int, typer.Option(help="Tokens per step.")] = 2048,
     vocab: Annotated[int, typer.Option(help="Most frequent tokens that are drafted.")] = 8192,
-    loss: Annotated[str, typer.Option(help="Loss that aligns tvdpp: tvdpp, tvd, kld or mixed.")] = "tvdpp",
+    loss: Annotated[str, typer.Option(help="Loss that aligns tvdpp: tvdpp, tvd, kld, mixed or none.")] = "tvdpp",
     seed: Annotated[int, typer.Option(help="Seed of prompts, answers and weights.")] = 0,
     out: Annotated[Path | None, typer.Option(help="File to write (default: where the method looks for it).")] = None,
     work: Annotated[Path | None, typer.Option(help="Folder for what lets a cut run go on (default: the cache).")] = None,

@@ -38,7 +38,8 @@ Progress = Callable[[str, int, int], None]
 class Recipe:
     """Sizes of a training: `texts` answers of at most `answer` tokens, `vocab` ids drafted, `steps` of `tokens` tokens.
 
-    `heads` is the number of Medusa's. TVD++ takes half of the steps to pretrain and half to align by `loss`.
+    `heads` is the number of Medusa's. TVD++ takes half of the steps to pretrain and half to align by `loss` ("none": it
+    is left as pretrained).
     """
 
     texts: int = 1600
@@ -65,7 +66,8 @@ class Recipe:
                 raise out_of_range(f"train.{name}", getattr(self, name), f"at least {least}")
         if self.held_out >= self.texts:
             raise out_of_range("train.held_out", self.held_out, f"below texts = {self.texts}")
-        aligning.named(self.loss)
+        if self.loss != "none":
+            aligning.named(self.loss)
 
 
 def train(
@@ -158,32 +160,32 @@ def aligned(
     kept = aligning.vocabulary(learnt, text, recipe.vocab, target.config.vocab_size)
     shape = Shape(hidden=min(Shape().hidden, target.config.hidden))
     model = SmallLM(target, kept, shape, torch.float32).reset(recipe.seed)
-    config = aligning.Config(
-        pretrain=max(1, recipe.steps // 2), align=max(1, recipe.steps // 2), tokens=recipe.tokens, seed=recipe.seed
-    )
+    half = max(1, recipe.steps // 2)
+    config = aligning.Config(half, half, recipe.tokens, seed=recipe.seed)
     sources = (learnt.ids, text)
     aligning.pretrain(
         model, sources, config, work / f"tvdpp-pretrain-{recipe.seed}.checkpoint",
         lambda step, value: show("pretraining", step, config.pretrain),
     )  # fmt: skip
     choose, test = held.split(max(1, len(held) // 2)) if len(held) > 1 else (held, held)
-    answers = _read(target, learnt, work / f"tvdpp-states-{len(learnt)}.safetensors", show)
     choosing, testing = ([one for batch in aligning.read(target, part) for one in batch] for part in (choose, test))
     teacher = aligning.Teacher(model, target)
     before = aligning.measure(model, teacher, testing)
-    objective = aligning.named(recipe.loss)
-    chosen = aligning.align(
-        model, target, answers, choosing, sources, config, objective,
-        work / f"tvdpp-{recipe.loss}-{recipe.seed}.checkpoint",
-        lambda step, value, best: show("aligning", step, config.align),
-    )  # fmt: skip
+    chosen = before
+    if recipe.loss != "none":
+        answers = _read(target, learnt, work / f"tvdpp-states-{len(learnt)}.safetensors", show)
+        chosen = aligning.align(
+            model, target, answers, choosing, sources, config, aligning.named(recipe.loss),
+            work / f"tvdpp-{recipe.loss}-{recipe.seed}.checkpoint",
+            lambda step, value, best: show("aligning", step, config.align),
+        )  # fmt: skip
     facts = {
         "recipe": "tvdpp",
         "loss": recipe.loss,
         "target": llm.name,
         "texts": len(learnt),
         "tokens": len(learnt.ids) + len(text),
-        "steps": [config.pretrain, config.align],
+        "steps": [config.pretrain, config.align if recipe.loss != "none" else 0],
         "seed": recipe.seed,
         "draft_vocabulary": len(kept),
         "vocabulary_covers": round(float(torch.isin(held.ids.long(), kept).float().mean()), 4),
