@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +26,7 @@ import torch
 import transformers
 
 import hasten
+from hasten.bench.report import machine
 from hasten.models.linear import Linear
 
 HERE = Path(__file__).parent
@@ -171,28 +170,6 @@ def spread(values: list[float], digits: int = 3) -> dict[str, float]:
     return {name: round(value, digits) for name, value in pairs}
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on: processor, threads, versions, commit."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        lines = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
-        lines = {key.strip(): value.strip() for key, value in lines.items()}
-        cpu = lines.get("model name", cpu)
-        flags = set(lines.get("flags", "").split())
-        cpu += " (" + ", ".join(f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags) + ")"
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
-    versions = {"hasten": hasten.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    return {
-        "cpu": cpu,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **versions,
-        "commit": git.stdout.strip(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
 def compare(dtype: str, rounds: int, tokens: int, note: Callable[[str], None]) -> dict[str, Any]:
     """All figures of one precision."""
     llm = hasten.load("smollm2-135m", dtype=dtype, cache_bytes=400_000_000)
@@ -266,7 +243,7 @@ def main() -> None:
         "about": "batch 1, greedy; new tokens per second over a generation, prompt included; ratios of alternating runs",
         "tokens": args.tokens,
         "rounds": args.rounds,
-        "machine": machine(),
+        "machine": machine("transformers"),
         **{kind: compare(kind, args.rounds, args.tokens, note) for kind in ("float32", "bfloat16")},
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from plain import machine, peer
+from plain import peer
 
 import hasten
+from hasten.bench.report import machine
 from hasten.bench.suites import spec
 from hasten.models import catalog
 
@@ -115,7 +116,7 @@ def main() -> None:
         "about": "batch 1, greedy, smollm2-135m; ratio = plain decoding's seconds / the method's",
         "tokens": args.tokens,
         "prompts_per_group": args.per_group,
-        "machine": machine(),
+        "machine": machine("transformers"),
         **{kind: measure(kind, args.methods, args.per_group, args.tokens, not args.no_peers) for kind in args.dtypes},
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)

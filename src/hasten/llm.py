@@ -179,6 +179,10 @@ class LLM:
             self._parts[names] = self._build(names)
         return self._parts[names]
 
+    def forget(self) -> None:
+        """Drop every method built so far with what it has learnt; the next request starts cold. Nothing may be running."""
+        self._parts.clear()
+
     def _auto(self) -> tuple[str, ...]:
         """What "auto" drafts with: what needs no training, and what was counted or trained for this model."""
         from hasten.models.feature import weights_path

@@ -161,10 +161,10 @@ def test_doctor_reports_versions_models_and_every_limit(hasten):
 def test_doctor_reads_the_cpu(monkeypatch, text, cpu, features):
     import platform
 
-    from hasten.cli.doctor import _cpu
+    from hasten.bench.report import processor
 
     monkeypatch.setattr(Path, "read_text", lambda self, **options: text)
-    assert _cpu() == (cpu or platform.machine(), features)
+    assert processor() == (cpu or platform.machine(), features)
 
 
 def test_pull_says_where_a_fetched_model_lies(hasten, monkeypatch, tmp_path):

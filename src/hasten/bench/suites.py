@@ -14,7 +14,7 @@ from collections.abc import Callable
 from importlib import import_module, resources
 from types import FunctionType
 
-from hasten.errors import UnsupportedError, out_of_range
+from hasten.errors import UnsupportedError, out_of_range, unknown_name
 
 CHAT = (
     "What is the difference between a lake and a pond?",
@@ -128,3 +128,25 @@ def spec(per_group: int = 10, seed: int = 0) -> dict[str, list[str]]:
         raise out_of_range("per_group", per_group, "in [1, 10]")
     r = random.Random(seed)  # noqa: S311 - a choice of prompts, not a secret
     return {name: r.sample(make(r), per_group) for name, make in _GROUPS.items()}
+
+
+def draws(per_group: int, seed: int, groups: tuple[str, ...] = tuple(_GROUPS)) -> dict[str, list[str]]:
+    """Group -> `per_group` user messages; no two seeds share one: seed s takes the s-th part of each group's prompts.
+
+    Raises ConfigError naming what is out of range (a group of 12 prompts has three parts of 4) or an unknown group.
+    """
+    if not per_group >= 1:
+        raise out_of_range("per_group", per_group, "at least 1")
+    out = {}
+    for name in groups:
+        if name not in _GROUPS:
+            raise unknown_name("group", name, _GROUPS)
+        r = random.Random(f"draws of {name}")  # noqa: S311 - an order of prompts, not a secret
+        prompts = _GROUPS[name](r)
+        r.shuffle(prompts)
+        part = prompts[seed * per_group : (seed + 1) * per_group] if seed >= 0 else []
+        if len(part) < per_group:
+            parts = len(prompts) // per_group
+            raise out_of_range("seed", seed, f"in [0, {parts - 1}] for {per_group} of the {len(prompts)} prompts of {name}")
+        out[name] = part
+    return out

@@ -8,9 +8,6 @@ import typer
 
 from hasten.cli._shared import as_json
 
-_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16", "amx_int8")
-_FEATURES_ARM = ("asimddp", "bf16", "i8mm", "sve", "sve2")
-
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
@@ -40,22 +37,6 @@ def _line(name: str, entry: Any) -> str:
     return str(entry)
 
 
-def _cpu() -> tuple[str, str]:
-    """Name and the features that matter for speed, as the system reports them; "unknown" where it does not."""
-    import platform
-    from pathlib import Path
-
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return platform.processor() or platform.machine(), "unknown"
-    fields = dict(reversed([line.split(":", 1) for line in text.splitlines() if ":" in line]))  # the first core's win
-    facts = {name.strip(): value.strip() for name, value in fields.items()}
-    flags = set((facts.get("flags") or facts.get("Features") or "").split())
-    found = [name for name in (*_FEATURES, *_FEATURES_ARM) if name in flags]
-    return facts.get("model name") or platform.machine(), " ".join(found) or "none of those that matter"
-
-
 def _facts() -> dict[str, Any]:
     import os
     import platform
@@ -64,6 +45,7 @@ def _facts() -> dict[str, Any]:
     import torch
 
     from hasten import __version__
+    from hasten.bench.report import processor
     from hasten.engine.limits import LIMITS
     from hasten.models import catalog
     from hasten.models.linear import packs
@@ -80,7 +62,7 @@ def _facts() -> dict[str, Any]:
         notes.append("float32: this torch cannot pack weights; expect prompts to be read more slowly")
     if not packs(torch.bfloat16):
         notes.append("bfloat16: no hardware support here; good for single tokens, slow for prompts")
-    cpu, features = _cpu()
+    cpu, features = processor()
     return {
         "hasten": __version__,
         "python": platform.python_version(),
