@@ -73,8 +73,10 @@ def positions(p: Tensor, logits: Tensor, mask: Tensor | None = None) -> tuple[Te
             hint="give the drafter the target's vocabulary",
             field="vocab",
         )
-    mask = torch.ones(p.shape[:-1], dtype=torch.bool) if mask is None else mask.bool()
-    p, logits = p[mask].detach(), logits[mask]
+    if mask is None:
+        p, logits = p.flatten(0, -2).detach(), logits.flatten(0, -2)
+    else:
+        p, logits = p[mask.bool()].detach(), logits[mask.bool()]
     if not len(p):
         raise ConfigError("no position is left to learn from: the mask of answer tokens is empty", field="mask")
     if not bool(torch.isfinite(p.sum())):
