@@ -1,7 +1,7 @@
 """Writes the pages that are made from the code: `make docs`. A test checks that the committed pages are current.
 
-cli.md, limits.md and works.md are written whole. In methods/<slug>.md the block between the two card marks, and in the
-README the table between the two bench marks, is written; the rest of the page is the author's.
+cli.md, limits.md, works.md and results.md are written whole. In methods/<slug>.md the block between the two card marks,
+and in the README the table between the two bench marks, is written; the rest of the page is the author's.
 """
 
 from __future__ import annotations
@@ -116,6 +116,58 @@ def works() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def results() -> str:
+    """docs/results.md: what came out of every reproduction whose result is kept, and the works that have none."""
+    from hasten.bench import report
+    from hasten.bench.reproduce import find, slugs
+    from hasten.registry import works
+
+    kept = {path.stem: report.read(path) for path in sorted((DOCS / "results").glob("*.json"))}
+    parts = [NOTE, "# Results"]
+    parts.append(
+        "What `hasten reproduce SLUG` gave for the works of this version: the claim, what came out here, and where it does "
+        "not help. Each ran baseline and method side by side in one process, in turn, for several seeds; figures are "
+        "medians over seeds with the least and the greatest. They are of small models on the machine named, and show the "
+        "direction of a claim, not its size."
+    )
+    for slug, one in kept.items():
+        extra, about = one.extra, one.machine
+        speed = "not timed" if one.speedup is None else f"{one.speedup}x the speed of the baseline"
+        verdict = "came out as claimed" if one.direction_holds else "**fell short of the claim**"
+        lines = [
+            f"- Claim: {one.claim}",
+            f"- Tried here: {find(slug).claim_checked}",
+            f"- Measured here: {verdict}; {speed}.",
+            f"- {str(extra.get('quality_is', 'quality')).capitalize()}: baseline {one.quality['baseline']}, method "
+            f"{one.quality['method']}.",
+            f"- Where it does not help: {one.no_help}",
+            *([f"- Note: {extra['note']}"] if "note" in extra else []),
+        ]
+        parts += [f"## {slug}", "\n".join(lines)]
+        if extra.get("bars"):
+            rows = [(bar["label"], f"{bar['median']:.2f} ({bar['min']:.2f}-{bar['max']:.2f})") for bar in extra["bars"]]
+            parts.append(table(("", str(extra["bars_of"]).replace("_", " ")), rows))
+        short = " A quick run: few prompts, wide spread." if extra.get("quick") else ""
+        plot = f", [plot](results/{slug}.html)" if (DOCS / "results" / f"{slug}.html").is_file() else ""
+        seeds, commit = ", ".join(map(str, one.seeds)), about.get("commit") or "unknown"
+        parts.append(
+            f"{about['threads']} threads of {about['cpu']}, torch {about['torch']}, commit {commit}, "
+            f"{about.get('date', '')}, seeds {seeds}, {one.seconds:.0f} s.{short} "
+            f"[Result file](results/{slug}.json){plot}."
+        )
+    waiting = [slug for slug in slugs() if slug not in kept]
+    if waiting:
+        text = "These have a reproduction that anyone can run, and no result kept here: "
+        parts += ["## Not run yet", text + ", ".join(f"`{slug}`" for slug in waiting) + "."]
+    rest = [(f"`{work.slug}`", work.state, work.title) for work in works() if work.slug not in (*kept, *waiting)]
+    parts += [
+        "## Not reproduced",
+        "Works of the list without a reproduction in this version.",
+        table(("work", "state", "title"), rest),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
 def bench() -> str:
     """The README's table of measured figures, from bench/results/plain.json."""
     result = json.loads((ROOT / "bench" / "results" / "plain.json").read_text(encoding="utf-8"))
@@ -180,8 +232,12 @@ def spec() -> str:
         f"new tokens, {about['threads']} threads of {about['cpu']}, {about['date']}; `python bench/spec.py` repeats it "
         "([result file](../bench/results/spec.json)). Speed is plain decoding's time divided by the method's, for "
         "decoding alone and for the whole request with its prompt: mean over prompts, quartiles in brackets. "
-        "A pass costs as many times plain decoding's as said. The peers are transformers' `generate` on the same weights."
+        "A pass costs as many times plain decoding's as said. The peers are transformers' `generate` on the same weights"
     )
+    if any(name.startswith("llama.cpp") for name in result["bfloat16"]["all"]):
+        version = about.get("llama-cpp-python", "")
+        text += f" and llama.cpp (llama-cpp-python {version}) on the same file, whose 4-bit weights it uses"
+    text += "."
     head = (
         "precision",
         "task",
@@ -200,7 +256,12 @@ def pages() -> dict[Path, str]:
     """Path -> text of every page, or part of a page, that is made from the code."""
     from hasten.registry import modules
 
-    made = {DOCS / "cli.md": cli(), DOCS / "limits.md": limits(), DOCS / "works.md": works()}
+    made = {
+        DOCS / "cli.md": cli(),
+        DOCS / "limits.md": limits(),
+        DOCS / "works.md": works(),
+        DOCS / "results.md": results(),
+    }
     measured = bench()
     made[ROOT / "README.md"] = BENCH.sub(lambda match: measured, (ROOT / "README.md").read_text(encoding="utf-8"))
     for slug, module in modules().items():

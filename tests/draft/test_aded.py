@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter, defaultdict
 from types import SimpleNamespace
 
@@ -157,6 +158,25 @@ def test_text_like_the_corpus_needs_fewer_passes_and_adaptation_helps():
     first = tau(moving)
     assert first > 1.2
     assert tau(moving) >= first  # the same document, continued
+
+
+def test_a_draft_from_a_large_table_is_quick():
+    vocab = 2000
+    r = np.random.default_rng(1)
+    table = Trigrams.build([r.integers(0, vocab, 110_000)], vocab)
+    assert len(table) > 100_000
+    context = MethodContext("tiny", SimpleNamespace(capabilities=SimpleNamespace(vocab_size=vocab), name="x"))
+    aded = Aded(Config(table="none"), context, table)
+    text = [int(token) for token in r.integers(0, vocab, 40)]
+    pairs = [tuple(divmod(int(key), 1 << 21)) for key in r.choice(table.state["keys"].numpy(), 60)]
+    took = []
+    for pair in pairs:
+        row = view([*text, *pair])
+        start = time.thread_time()
+        [draft] = aded.propose([row], [24])
+        took.append(time.thread_time() - start)
+        assert len(draft)
+    assert sorted(took)[len(took) // 2] < 0.004  # a tenth of a pass of smollm2-135m on two cores; not a benchmark
 
 
 def test_adapted_pairs_are_bounded_and_kept_in_a_file():

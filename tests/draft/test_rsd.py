@@ -40,6 +40,65 @@ def test_the_law_of_two_tokens_is_the_targets(shape, temperature):
     assert statistic < bound
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["c", "s"])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_law_of_two_tokens_over_fifty_thousand_answers(shape, seed):
+    target, draft = toys.law(VOCAB, seed, 1.2), toys.law(VOCAB, seed + 10, 1.2)
+    statistic, bound = toys.sample(lambda: toy(draft, **SHAPES[shape]), target, VOCAB, 50_000)
+    assert statistic < bound
+
+
+@pytest.mark.parametrize("shape", ["chain-c", "chain-s"])
+def test_one_child_per_node_is_speculative_sampling(shape):
+    """As many nodes as levels, and the first is accepted with probability sum min(p, q), as a chain's is."""
+    target, draft = toys.law(VOCAB, 1, 1.2), toys.law(VOCAB, 2, 1.2)
+    text, runs, accepted = (1, 0), 4000, 0
+    drafter = toy(draft, **SHAPES[shape])
+    for seed in range(runs):
+        [made] = drafter.propose([RowView(1, list(text), 9, 1.0, seed)], [64])
+        assert made.parents == (-1, 0)
+        paths = [text, (*text, made.tokens[0]), (*text, *made.tokens)]
+        sampler = Sampler(SamplingParams(temperature=1.0, seed=seed), seed, text, VOCAB)
+        accepted += bool(verify("rejection", torch.stack([target(p) for p in paths]), made, sampler, 2, "swor").path)
+    chance = float(torch.minimum(target(text).softmax(-1), draft(text).softmax(-1)).sum())
+    assert abs(accepted / runs - chance) < 3.3 * (chance * (1 - chance) / runs) ** 0.5
+
+
+@pytest.mark.parametrize("nodes", [6])
+def test_more_tokens_per_pass_than_independent_draws_with_as_many_nodes(nodes):
+    """A draft model close to its target, a hundred prompts sampled at temperature 1 (2402.14160: at equal budget)."""
+    from types import SimpleNamespace
+
+    from hasten.bench.reproduce.rsd import makers
+
+    engine = tiny.engine(rows=20)
+    near = tiny.model()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in near.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.12 * p.std())
+    llm = SimpleNamespace(name="tiny", model=engine.backbone, tokenizer=None)
+    made = makers(llm, Assistant(near, tiny.VOCAB), nodes)
+    asked = [
+        Request(
+            tuple(range(i % 7 + 1, i % 7 + 4 + i % 5)),
+            SamplingParams(max_tokens=21, ignore_eos=True, temperature=1.0, seed=i),
+        )
+        for i in range(100)
+    ]
+
+    def per_pass(name: str) -> float:
+        usages = [outs[0].usage for outs in engine.run([(one, made[name]()) for one in asked])]
+        assert max(usage.drafted_tokens / usage.forwards for usage in usages) <= nodes
+        return sum(usage.completion_tokens - 1 for usage in usages) / sum(usage.forwards for usage in usages)
+
+    iid, c, s = (per_pass(name) for name in ("i.i.d. tree", "rsd-c", "rsd-s"))
+    assert 1.3 < iid < 3.0
+    assert c >= iid
+    assert s >= iid
+
+
 @pytest.mark.parametrize("shape", ["c", "s"])
 def test_a_draft_temperature_of_its_own_is_exact_too(shape):
     target, draft = toys.law(VOCAB, 1, 1.2), toys.law(VOCAB, 2, 1.2)
@@ -98,8 +157,8 @@ def test_equal_laws_accept_every_first_child_and_two_of_two_tokens_always_hit():
 def test_drawing_without_replacement_accepts_at_least_as_often():
     r = random.Random(4)
     gains = []
-    for _ in range(150):
-        p, q = toys.random_law(4, r), toys.random_law(4, r)
+    for _ in range(1000):
+        p, q = toys.random_law(3, r), toys.random_law(3, r)
         single, iid, swor = (toys.acceptance(p, q, k, replace) for k, replace in ((1, True), (2, True), (2, False)))
         assert single <= iid + 1e-9
         assert iid <= swor + 1e-9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import time
 
@@ -235,6 +236,29 @@ def test_ranks_that_are_right_move_forward():
     assert recycling._order[:8] != first
     for i, path in enumerate(recycling._order):
         assert len(path) == 1 or path[:-1] in recycling._order[:i]
+
+
+def test_a_table_as_large_as_its_vocabulary_allows_and_no_larger():
+    assert drafter(k=8).nbytes == tiny.VOCAB * 8 * 6
+    engine = tiny.engine(dataclasses.replace(tiny.PLAIN, vocab_size=6))
+    with pytest.raises(ConfigError, match=r"token-recycling\.k = 8.*vocabulary of 6"):
+        TokenRecycling(Config(), MethodContext("tiny", engine.backbone))
+
+
+def test_logits_that_are_not_finite_teach_the_table_nothing():
+    engine = tiny.engine()
+    with torch.no_grad():
+        engine.backbone.embed.weight[50] = float("nan")
+        head = engine.backbone.embed.weight.clone()
+        head[50] = 0
+    engine.backbone.head.weight = torch.nn.Parameter(head, requires_grad=False)
+    recycling = drafter(engine, learn_prompt=True)
+    bad = Request((50, 1), SamplingParams(max_tokens=6, ignore_eos=True))
+    [[out]] = engine.run([(bad, Parts(recycling))])
+    assert out.finish_reason == "error"
+    ids, chances = recycling._shared
+    assert int(ids.max()) == -1
+    assert not bool(chances.isnan().any())
 
 
 def test_a_draft_is_quick():

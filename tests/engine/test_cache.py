@@ -43,6 +43,20 @@ def test_cache_after_compaction_equals_a_fresh_prefill(name: str) -> None:
     torch.testing.assert_close(nodes.logits[keep], dense.logits[12:], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("name", list(tiny.CONFIGS))
+def test_a_tree_of_single_children_gives_the_logits_of_a_chain(name: str) -> None:
+    model = tiny.model(tiny.CONFIGS[name])
+    tokens = torch.arange(5, 25)
+    rows = [model.pool(4_000_000).open(64) for _ in range(2)]
+    for row in rows:
+        model.run([RowInput(tokens[:12], torch.arange(12), row)])
+        row.advance(12)
+    chain = Tree(tuple(range(-1, 7)))
+    trees = model.run([RowInput(tokens[12:], torch.arange(12, 20), rows[0], chain, logits="all")]).logits
+    plain = model.run([RowInput(tokens[12:], torch.arange(12, 20), rows[1], logits="all")]).logits
+    torch.testing.assert_close(trees, plain, atol=1e-5, rtol=0)
+
+
 def test_an_uncommitted_pass_leaves_no_trace() -> None:
     model = tiny.model()
     row = model.pool(10**7).open(64)

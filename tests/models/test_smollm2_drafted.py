@@ -6,9 +6,16 @@ import pytest
 import torch
 
 import hasten
+from hasten import registry
+from hasten.bench.reproduce.rsd import assistant
 from hasten.bench.suites import spec
+from hasten.engine.contracts import MethodContext
+from hasten.engine.engine import Parts
+from hasten.models.feature import FeatureModel, identity
+from hasten.models.heads import MedusaHeads
+from hasten.types import Request, SamplingParams
 
-METHODS = ("prompt-lookup", "token-recycling", "aded:table=none", "auto")
+METHODS = ("prompt-lookup", "token-recycling", "aded:table=none", "aded", "fspad", "auto")
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -35,6 +42,39 @@ def test_sixty_prompts_give_the_tokens_of_plain_decoding(llm):
         # beside the likeliest path of a tree, keys lie in other slots: bfloat16 may round a sum over them differently
         assert same >= (60 if llm.dtype == torch.float32 or chains else 52), f"{method}: {same} of 60"
         assert sum(out.usage.accepted_tokens for out in drafted) > 200, method
+
+
+def untrained(llm, slug: str, folder) -> str:
+    """A method of its kind with random weights: all of its drafts are wrong, and none may show."""
+    kept, path = torch.arange(2000), folder / f"{slug}.safetensors"
+    if slug == "eagle":
+        layer = FeatureModel("eagle", llm.model, kept, dtype=torch.float32).reset(0)
+    else:
+        layer = MedusaHeads(llm.model, kept, 3, torch.float32)
+    layer.save(path, identity(llm.model, ""), {})
+    return f"{slug}:weights={path},floor=0"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slug", ["eagle", "medusa", "draft-model", "rsd"])
+def test_sixty_prompts_with_drafters_that_need_a_second_network(llm, slug, tmp_path):
+    """Untrained layers, and counted statistics in the place of a draft model; every node is verified."""
+    if llm.dtype != torch.float32:
+        pytest.skip("in bfloat16 texts may part at near-ties beside the likeliest path")
+    context = MethodContext(llm.name, llm.model, llm.tokenizer)
+    if slug in ("eagle", "medusa"):
+        drafter = registry.build(untrained(llm, slug, tmp_path), context)
+    else:
+        module = registry.module(slug)
+        drafter = module.method(module.Config(), context, assistant(llm)[0])
+    drafted = 0
+    for ids in prompts(llm, 10):
+        plain = llm.generate(ids, max_tokens=16, ignore_eos=True, method="plain").tokens
+        request = Request(tuple(ids), SamplingParams(max_tokens=16, ignore_eos=True))
+        [[out]] = llm.engine.run([(request, Parts(drafter, budget=8))])
+        assert out.tokens == plain
+        drafted += out.usage.drafted_tokens
+    assert drafted > 1000
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ def test_a_changed_card_makes_a_page_stale(monkeypatch):
 
 def test_the_command_page_names_every_option_that_help_prints():
     text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
-    for name in ("run", "chat", "methods", "pull", "doctor"):
+    for name in ("run", "chat", "methods", "pull", "train", "reproduce", "doctor"):
         section = text.split(f"## hasten {name}")[1].split("\n## ")[0]
         command = [sys.executable, "-m", "hasten", name, "--help"]
         printed = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "150"})

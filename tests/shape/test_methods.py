@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 
 import pytest
 from source_tree import METHOD_FOLDERS, PACKAGE, ROOT
@@ -63,3 +64,17 @@ def test_a_landed_work_says_what_its_card_says():
     for slug, work in landed.items():
         card = registry.card(slug)
         assert (work.paper, work.date, work.exactness) == (card.paper, card.date, card.exactness)
+
+
+def test_a_landed_work_has_its_reproduction():
+    from hasten.bench.reproduce import find, slugs
+
+    landed = {work.slug for work in registry.works() if work.state == "works"}
+    assert landed <= set(slugs()), "write bench/reproduce/<slug>.py"
+    known = {work.slug for work in registry.works()}
+    assert set(slugs()) <= known, "a reproduction is named after its work"
+    for slug in slugs():
+        module = find(slug)
+        assert len(module.claim_checked) > 60
+        assert module.claim_checked.endswith(".")
+        assert list(inspect.signature(module.reproduce).parameters) == ["quick", "progress"]

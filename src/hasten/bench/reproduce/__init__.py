@@ -18,3 +18,42 @@ A module declares two names and imports torch and models only inside functions, 
 
 `Reproduction`, `Spread`, `Progress` and `machine` are in `bench.report`.
 """
+
+from __future__ import annotations
+
+import importlib
+from importlib import resources
+from types import ModuleType
+
+from hasten.errors import UnsupportedError, unknown_name
+
+
+def slugs() -> tuple[str, ...]:
+    """The works with a reproduction in this version, by name."""
+    stems = [
+        entry.name.removesuffix(".py") for entry in resources.files(__package__).iterdir() if entry.name.endswith(".py")
+    ]
+    return tuple(sorted(stem.replace("_", "-") for stem in stems if not stem.startswith("_")))
+
+
+def find(slug: str) -> ModuleType:
+    """The reproduction of a work.
+
+    Raises UnsupportedError for a work or method that has none in this version, UnknownNameError for anything else.
+    """
+    from hasten import registry
+
+    known = slugs()
+    if slug in known:
+        return importlib.import_module(f"{__package__}.{slug.replace('-', '_')}")
+    works = {work.slug: work for work in registry.works()}
+    hint = "`hasten methods` lists what there is; these can be reproduced: " + ", ".join(known)
+    if slug in works:
+        raise UnsupportedError(
+            f"the reproduction of {slug!r} ({works[slug].title}) is planned and not in this version",
+            hint=hint,
+            field="slug",
+        )
+    if slug in registry.modules():
+        raise UnsupportedError(f"{slug!r} is a baseline; only works have a reproduction", hint=hint, field="slug")
+    raise unknown_name("work", slug, {*known, *works, *registry.modules(), "all"}, hint)
