@@ -30,10 +30,12 @@ clean:  ## remove everything that can be made again
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+NATIVE := CMakeLists.txt $(wildcard src/hasten/kernels/native/*)
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt $(NATIVE)
 	$(INSTALL) -e .
 	touch $@
 
-$(VENV)/.tested: $(VENV)/bin/python pyproject.toml constraints.txt
+$(VENV)/.tested: $(VENV)/bin/python pyproject.toml constraints.txt $(NATIVE)
 	$(INSTALL) -e '.[test]'
 	touch $@ $(VENV)/.installed

@@ -20,71 +20,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import torch
 import transformers
 
 import hasten
+from hasten.bench.peers import transformers_model
 from hasten.bench.report import machine
 from hasten.models.linear import Linear
 
 HERE = Path(__file__).parent
 PROMPT = "Here is a short story about a lighthouse keeper who found a letter in a bottle."
-_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "embed_tokens": "token_embd",
-    "norm": "output_norm",
-}
-
-
-def peer(path: Path, dtype: torch.dtype) -> Any:
-    """The GGUF file as a transformers LlamaForCausalLM in `dtype`, dequantised by the gguf package."""
-    reader = gguf.GGUFReader(path)
-    stored = {t.name: t for t in reader.tensors}
-
-    def value(key: str) -> Any:
-        return reader.fields[f"llama.{key}"].contents()
-
-    config = transformers.LlamaConfig(
-        vocab_size=len(stored["token_embd.weight"].data),
-        hidden_size=value("embedding_length"),
-        intermediate_size=value("feed_forward_length"),
-        num_hidden_layers=value("block_count"),
-        num_attention_heads=value("attention.head_count"),
-        num_key_value_heads=value("attention.head_count_kv"),
-        max_position_embeddings=value("context_length"),
-        rms_norm_eps=value("attention.layer_norm_rms_epsilon"),
-        rope_parameters={"rope_type": "default", "rope_theta": value("rope.freq_base")},
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
-    state = {}
-    for name in model.state_dict():
-        if name == "lm_head.weight":
-            continue
-        parts = name.removeprefix("model.").removesuffix(".weight").split(".")
-        block = f"blk.{parts[1]}." if parts[0] == "layers" else ""
-        tensor = stored[block + _NAMES[".".join(parts[2:] if block else parts)] + ".weight"]
-        weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(parts[-1])
-        if heads:  # GGUF stores rotary pairs next to each other, transformers as two halves
-            rows, columns = weight.shape
-            weight = weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
-        state[name] = torch.from_numpy(np.ascontiguousarray(weight))
-    model.load_state_dict(state, strict=False)
-    model.tie_weights()
-    return model.to(dtype)
 
 
 @contextmanager
@@ -172,8 +117,8 @@ def spread(values: list[float], digits: int = 3) -> dict[str, float]:
 
 def compare(dtype: str, rounds: int, tokens: int, note: Callable[[str], None]) -> dict[str, Any]:
     """All figures of one precision."""
-    llm = hasten.load("smollm2-135m", dtype=dtype, cache_bytes=400_000_000)
-    theirs = peer(Path(llm.source), getattr(torch, dtype))
+    llm = hasten.load("smollm2-135m", dtype=dtype, backbone="torch", cache_bytes=400_000_000)
+    theirs = transformers_model(Path(llm.source), getattr(torch, dtype))
     prompt = llm.encode(PROMPT)
     long = (llm.encode(PROMPT + "\n") * 40)[:512]
 

@@ -5,8 +5,8 @@
 
 Run it with nothing else running. Every prompt is answered by every method in turn, greedy; the order turns from prompt to
 prompt. Methods run as users run them: the engine measures what passes cost and verifies the nodes that pay. Peers
-(`bench/peers.py`) are transformers' `generate` on the same weights and llama.cpp on the same file, each plain and with its
-own prompt lookup; what is not installed is left out. Reported are tokens per pass, seconds per pass against plain
+(`hasten.bench.peers`) are transformers' `generate` on the same weights and llama.cpp on the same file, each plain and with
+its own prompt lookup; what is not installed is left out. Reported are tokens per pass, seconds per pass against plain
 decoding's, the ratio of plain decoding's time to the method's for decoding alone and for the whole request (means over
 prompts, with quartiles), time spent drafting, and texts equal to plain decoding's.
 """
@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import peers
 
 import hasten
 from hasten.bench.compare import Prompt, Row, compare, runner
+from hasten.bench.peers import peers
 from hasten.bench.report import machine
 from hasten.bench.suites import spec
 from hasten.models import catalog

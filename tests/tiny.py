@@ -11,6 +11,8 @@ import torch
 
 from hasten.engine.engine import Engine
 from hasten.models.config import Layer, ModelConfig, Rope
+from hasten.models.native import NativeStack
+from hasten.models.packing import from_state
 from hasten.models.transformer import Transformer
 
 VOCAB = 97
@@ -40,6 +42,12 @@ def model(config: ModelConfig = PLAIN, seed: int = 0, scale: float = 0.3) -> Tra
         value = torch.randn(shape, generator=generator)
         state.append((name, 1 + 0.1 * value if "norm" in name else value * (0.3 if "embed" in name else scale)))
     return Transformer.from_state(config, state)
+
+
+def native(stack: Transformer, **options: object) -> NativeStack:
+    """The native stack of the same weights, with the torch one behind it."""
+    weights = from_state(stack.config, stack.named_parameters(), torch.float32)
+    return NativeStack(stack.config, weights, oracle=lambda: stack, **options)  # type: ignore[arg-type]
 
 
 def engine(config: ModelConfig = PLAIN, **kwargs: object) -> Engine:

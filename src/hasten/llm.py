@@ -39,6 +39,10 @@ def load(
     model: str | Path,
     *,
     dtype: str = "auto",
+    backbone: str = "auto",
+    activations: str = "exact",
+    cache: str = "float32",
+    weights: str = "stored",
     threads: int | None = None,
     cache_bytes: int | None = None,
     force: bool = False,
@@ -46,20 +50,27 @@ def load(
 ) -> LLM:
     """Load a model: catalog name, directory, hub id, .gguf or .safetensors file; catalog models are fetched on first use.
 
-    `dtype`: auto, float32 or bfloat16. `threads`: CPU threads for this process (default: all). `cache_bytes`: KV cache
-    (default: half of what is free after loading). `force`: load although the memory check says it will not fit.
-    `progress(what, done, total)` is called during downloads and loading.
+    `dtype`: of the weights - auto (as stored), float32 or bfloat16. `backbone`: auto (the native stack where it can run),
+    native or torch. Lossy, for the native stack: `activations` int8 (inputs of quantised matrices rounded to 8 bits),
+    `cache` bfloat16 or int8 (keys and values), `weights` int8, int4 or int4-min (rounded to nearest).
+    `threads`: CPU threads for this process (default: all). `cache_bytes`: KV cache (default: half of what is free after
+    loading). `force`: load although the memory check says it will not fit. `progress(what, done, total)` is called during
+    downloads and loading.
     Raises UnknownNameError, DownloadError, FormatError, UnsupportedError, MemoryFitError, ConfigError.
     """
     import torch
 
+    from hasten.kernels import library
     from hasten.models.load import load as load_model
 
+    how = {"dtype": dtype, "backbone": backbone, "activations": activations, "cache": cache, "weights": weights}
     if threads is not None:
         if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024:
             raise out_of_range("threads", threads, "an integer in [1, 1024]")
         torch.set_num_threads(threads)
-    loaded = load_model(model, dtype=dtype, force=force, progress=progress)
+    if library.available():
+        library.set_threads(min(torch.get_num_threads(), 256))
+    loaded = load_model(model, progress=progress, force=force, **how)
     loaded.model.pack()
     return LLM(loaded, name=str(model), cache_bytes=cache_bytes)
 
@@ -186,9 +197,9 @@ class LLM:
     def _auto(self) -> tuple[str, ...]:
         """What "auto" drafts with: what needs no training, and what was counted or trained for this model."""
         from hasten.models.feature import weights_path
-        from hasten.models.transformer import Transformer
+        from hasten.models.stack import DecoderStack
 
-        if not isinstance(self.model, Transformer):
+        if not isinstance(self.model, DecoderStack):
             return AUTO
         names = list(AUTO)
         for slug in TRAINED:
@@ -212,6 +223,7 @@ class LLM:
                 return PLAIN
             names = self._auto()
             slugs = [registry.parse(name)[0] for name in names]
+        self._expect_costs()
         context = MethodContext(self.name, self.model, self.tokenizer)
         cards = [registry.card(slug) for slug in slugs]
         for i, one in enumerate(cards):
@@ -235,6 +247,15 @@ class LLM:
             measured=True,
             method=tuple(slugs),
         )
+
+    def _expect_costs(self) -> None:
+        """Tell the engine what passes cost here, from this machine's profile (measured at first use, in under a second)."""
+        from hasten.models.native import NativeStack
+
+        if isinstance(self.model, NativeStack) and not self.engine.pass_cost.table():
+            from hasten.models.cost import profile
+
+            self.engine.pass_cost.expect(1, profile(self.model, self.name).table(256))
 
     def save_state(self, path: str | Path) -> None:
         """Write what shared drafters have learnt so far (token tables; no prompts or answers) to a safetensors file."""

@@ -222,7 +222,7 @@ class Event:
 
     kind
         prefill: prompt positions were read (`position` = how many are in the cache, `total` = prompt length).
-        forward: one target pass of this row (`total` = its query tokens).
+        forward: one target pass of this row (`total` = its query tokens, `backbone` = what ran it: native or torch).
         draft: nodes proposed (`tokens`, `parents`). accept: the drafted tokens kept (`tokens`).
         propose: a provisional canvas token (`position`, `token`, `confidence`); may still change.
         commit: a final token (`position`, `token`, `confidence` = its probability, `text` = new whole characters).
@@ -243,6 +243,7 @@ class Event:
     total: int = 0
     tokens: tuple[int, ...] = ()
     parents: tuple[int, ...] = ()
+    backbone: str = ""
     logprob: TokenLogprob | None = None
     output: Output | None = None
 

@@ -16,9 +16,9 @@ SCRIPTS = Path(__file__).parents[2] / "bench"
 
 @pytest.fixture
 def peers(monkeypatch) -> ModuleType:
-    """bench/peers.py as a module."""
+    """The peers as a module."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    import peers
+    from hasten.bench import peers
 
     return peers
 

@@ -16,6 +16,7 @@ import hasten as package
 from hasten import registry
 from hasten.cli import _shared
 from hasten.engine.limits import LIMITS
+from hasten.kernels import library
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -144,7 +145,11 @@ def test_doctor_reports_versions_models_and_every_limit(hasten):
     assert {entry["name"]: entry["value"] for entry in facts["limits"]} == {n: v for n, v, _, _ in LIMITS.rows_for_people()}
     assert "smollm2-135m" in [entry["name"] for entry in facts["models"]]
     assert facts["free_memory_gb"] > 0 < facts["threads"]
-    assert any("native kernels" in note for note in facts["notes"])
+    if library.available():
+        assert facts["native"] == library.level()
+    else:
+        assert facts["native"] == "missing"
+        assert any(note.startswith("native stack: it was not built") for note in facts["notes"])
     text = hasten("doctor").out
     assert all(f"{name}: " in text for name in ("hasten", "python", "torch", "cpu", "cpu_features", "threads"))
     assert all(f"  {name} = {value} {unit}" in text for name, value, unit, _ in LIMITS.rows_for_people())

@@ -34,7 +34,7 @@ def test_logits_are_those_of_transformers(name, shard, tmp_path):
     reference = checkpoints.build(name)
     reference.save_pretrained(tmp_path, max_shard_size=shard)
     assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "60KB")
-    loaded = load(tmp_path, dtype="float32")
+    loaded = load(tmp_path, dtype="float32", backbone="torch")
     ids = checkpoints.ids(2, 40)
     with torch.no_grad():
         want = reference(ids).logits
@@ -48,7 +48,7 @@ def test_logits_are_those_of_transformers(name, shard, tmp_path):
 def test_ragged_rows_of_one_pass_are_those_of_each_alone(name, tmp_path):
     reference = checkpoints.build(name)
     reference.save_pretrained(tmp_path)
-    model = load(tmp_path).model.pack()
+    model = load(tmp_path, backbone="torch").model.pack()
     rows = [checkpoints.ids(1, n, seed=n)[0] for n in (1, 7, 30)]
     out = model.run([RowInput(ids, torch.arange(len(ids)), logits="all") for ids in rows])
     for i, ids in enumerate(rows):
@@ -63,7 +63,7 @@ def test_stored_types_are_kept_or_changed_as_asked(tmp_path):
         folder = tmp_path / str(stored)
         reference.to(stored).save_pretrained(folder)
         assert load(folder).dtype == auto
-        assert load(folder, dtype="bfloat16").model.embed.weight.dtype == torch.bfloat16
+        assert load(folder, dtype="bfloat16", backbone="torch").model.embed.weight.dtype == torch.bfloat16
 
 
 def test_both_spellings_of_rotary_settings_mean_the_same():

@@ -34,7 +34,7 @@ def test_code_and_pickles_beside_the_weights_are_ignored(folder):
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {"AutoModelForCausalLM": "modeling_llama.Model"}
     (folder / "config.json").write_text(json.dumps(config))
-    assert load(folder).model.name == "torch"
+    assert load(folder, backbone="torch").model.name == "torch"
     assert not ran.exists()
 
 
@@ -42,7 +42,7 @@ def test_a_model_that_does_not_fit_is_refused_with_numbers_unless_forced(folder,
     monkeypatch.setattr(loading, "available_bytes", lambda: 1000)
     with pytest.raises(MemoryFitError, match=r"GB.*--force"):
         load(folder)
-    assert load(folder, force=True).model.name == "torch"
+    assert load(folder, force=True, backbone="torch").model.name == "torch"
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8", "FP32", ""])

@@ -24,11 +24,11 @@ RANKS = {
     "cli": 6,
 }  # an import goes to a lower rank or stays in its own part; rank 0 is one part
 ONLY_IN = {
-    "transformers": ("models.hf",),
+    "transformers": ("models.hf", "bench.peers"),
     "typer": ("cli",),
     "rich": ("cli",),
     "tokenizers": ("models",),
-    "gguf": ("models",),
+    "gguf": ("models", "bench.peers"),
 }
 
 BANNED_MODULES = frozenset(

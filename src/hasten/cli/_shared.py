@@ -6,13 +6,25 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from hasten.errors import ConfigError
 
 if TYPE_CHECKING:
     from hasten.llm import LLM
     from hasten.types import Event, Output
+
+# How a model is loaded: options that several commands have.
+Dtype = Annotated[str, typer.Option(help="Precision of the weights: auto (as stored), float32 or bfloat16.")]
+Backbone = Annotated[str, typer.Option(help="What runs the model: auto, native (hasten's own kernels) or torch.")]
+Activations = Annotated[
+    str, typer.Option(help="exact, or int8: faster on quantised weights, and a little less precise (native).")
+]
+Cache = Annotated[str, typer.Option(help="Keys and values in float32, or smaller, less precise: bfloat16, int8 (native).")]
+Weights = Annotated[str, typer.Option(help="stored, or rounded when loaded: int8, int4, int4-min (native; lossy).")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads (default: all).")]
 
 
 @contextmanager
@@ -65,12 +77,12 @@ def check_methods(names: Iterable[str]) -> None:
             module(slug)
 
 
-def open_model(model: str, dtype: str, threads: int | None, force: bool) -> LLM:
-    """The loaded model, with a progress bar for download and loading."""
+def open_model(model: str, **options: Any) -> LLM:
+    """The loaded model, with a progress bar for download and loading; options as `hasten.load`."""
     import hasten
 
     with progress_bar() as progress:
-        return hasten.load(model, dtype=dtype, threads=threads, force=force, progress=progress)
+        return hasten.load(model, progress=progress, **options)
 
 
 def print_text(events: Iterable[Event]) -> Iterator[Event]:

@@ -12,6 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hasten.cli._shared import (
+    Activations,
+    Backbone,
+    Cache,
+    Dtype,
+    Threads,
+    Weights,
     as_json,
     check_methods,
     open_model,
@@ -45,8 +51,12 @@ def chat(
     state: Annotated[
         Path | None, typer.Option(help="File with what drafters have learnt: read if it is there, written at the end.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads (default: all).")] = None,
+    dtype: Dtype = "auto",
+    backbone: Backbone = "auto",
+    activations: Activations = "exact",
+    cache: Cache = "float32",
+    weights: Weights = "stored",
+    threads: Threads = None,
     force: Annotated[bool, typer.Option("--force", help="Load although the memory check refuses.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed after every answer.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object per answer.")] = False,
@@ -57,7 +67,16 @@ def chat(
     fields = sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     chosen = method or ["auto"]
     check_methods(chosen)
-    llm = open_model(model, dtype, threads, force)
+    llm = open_model(
+        model,
+        dtype=dtype,
+        backbone=backbone,
+        activations=activations,
+        cache=cache,
+        weights=weights,
+        threads=threads,
+        force=force,
+    )
     if state is not None and state.exists():
         llm.load_state(state)
     start = [{"role": "system", "content": system}] if system else []

@@ -47,6 +47,7 @@ def _facts() -> dict[str, Any]:
     from hasten import __version__
     from hasten.bench.report import processor
     from hasten.engine.limits import LIMITS
+    from hasten.kernels import library
     from hasten.models import catalog
     from hasten.models.linear import packs
     from hasten.models.memory import available_bytes
@@ -57,11 +58,11 @@ def _facts() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             return "not installed"
 
-    notes = ["native kernels: not in this version; linear layers run on torch"]
+    notes = [f"native stack: {library.missing()}; models run on torch, many times slower"] if library.missing() else []
     if not packs(torch.float32):
-        notes.append("float32: this torch cannot pack weights; expect prompts to be read more slowly")
+        notes.append("float32 on torch: this build cannot pack weights; expect prompts to be read more slowly")
     if not packs(torch.bfloat16):
-        notes.append("bfloat16: no hardware support here; good for single tokens, slow for prompts")
+        notes.append("bfloat16 on torch: no hardware support here; good for single tokens, slow for prompts")
     cpu, features = processor()
     return {
         "hasten": __version__,
@@ -69,6 +70,7 @@ def _facts() -> dict[str, Any]:
         **{name: version(name) for name in ("torch", "tokenizers", "gguf", "transformers")},
         "cpu": cpu,
         "cpu_features": features,
+        "native": "missing" if library.missing() else library.level(),
         "torch_uses": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -9,6 +9,12 @@ from typing import Annotated
 import typer
 
 from hasten.cli._shared import (
+    Activations,
+    Backbone,
+    Cache,
+    Dtype,
+    Threads,
+    Weights,
     as_json,
     check_methods,
     open_model,
@@ -50,8 +56,12 @@ def run(
         Path | None, typer.Option(help="File with what drafters have learnt: read if it is there, written at the end.")
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads (default: all).")] = None,
+    dtype: Dtype = "auto",
+    backbone: Backbone = "auto",
+    activations: Activations = "exact",
+    cache: Cache = "float32",
+    weights: Weights = "stored",
+    threads: Threads = None,
     force: Annotated[bool, typer.Option("--force", help="Load although the memory check refuses.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed and cost to standard error.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming text.")] = False,
@@ -69,7 +79,16 @@ def run(
     text = read_stdin() if prompt == "-" else prompt
     if not text:
         raise ConfigError("prompt is empty; prompt must hold at least one character", field="prompt")
-    llm = open_model(model, dtype, threads, force)
+    llm = open_model(
+        model,
+        dtype=dtype,
+        backbone=backbone,
+        activations=activations,
+        cache=cache,
+        weights=weights,
+        threads=threads,
+        force=force,
+    )
     if state is not None and state.exists():
         llm.load_state(state)
     if not raw and llm.tokenizer is not None and llm.tokenizer.chat_template is not None:

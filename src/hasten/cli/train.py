@@ -49,7 +49,7 @@ def train(
         seed=seed,
         loss=loss,
     )
-    llm = open_model(model, dtype, threads, False)
+    llm = open_model(model, dtype=dtype, threads=threads)
     with progress_bar() as progress:
         facts = run(recipe, llm, sizes, out=out, work=work, progress=progress)
     if json:

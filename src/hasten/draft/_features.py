@@ -14,7 +14,7 @@ from hasten.engine.contracts import EMPTY_DRAFT, Draft, Draws, Feedback, Needs, 
 from hasten.engine.masks import Explicit
 from hasten.errors import MemoryFitError
 from hasten.models.feature import FeatureModel
-from hasten.models.transformer import Transformer
+from hasten.models.stack import DecoderStack
 
 _CHUNK = 512  # elements of a prompt read in one pass of the layer
 
@@ -56,7 +56,7 @@ class FeatureTree:
     def __init__(
         self,
         layer: FeatureModel,
-        target: Transformer,
+        target: DecoderStack,
         *,
         nodes: int,
         depth: int,

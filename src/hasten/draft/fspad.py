@@ -8,7 +8,7 @@ from hasten.draft._features import FeatureTree
 from hasten.engine.contracts import MethodContext
 from hasten.errors import IncompatibleError, out_of_range
 from hasten.models.feature import load_feature_model, weights_path
-from hasten.models.transformer import Transformer
+from hasten.models.stack import DecoderStack
 from hasten.types import MethodCard
 
 card = MethodCard(
@@ -58,7 +58,7 @@ class Fspad(FeatureTree):
 
     def __init__(self, config: Config, context: MethodContext) -> None:
         target = context.backbone
-        if not isinstance(target, Transformer):
+        if not isinstance(target, DecoderStack):
             raise IncompatibleError(
                 f"method 'fspad' needs a model of hasten's own decoder stack; {context.model!r} runs on {target.name!r}",
                 hint="choose another method (`hasten methods`)",

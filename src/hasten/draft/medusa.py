@@ -14,7 +14,7 @@ from hasten.engine.contracts import EMPTY_DRAFT, Draft, Draws, Feedback, MethodC
 from hasten.errors import IncompatibleError, out_of_range
 from hasten.models.feature import weights_path
 from hasten.models.heads import load_heads
-from hasten.models.transformer import Transformer
+from hasten.models.stack import DecoderStack
 from hasten.types import MethodCard
 
 card = MethodCard(
@@ -63,7 +63,7 @@ class Medusa:
 
     def __init__(self, config: Config, context: MethodContext) -> None:
         target = context.backbone
-        if not isinstance(target, Transformer):
+        if not isinstance(target, DecoderStack):
             raise IncompatibleError(
                 f"method 'medusa' needs a model of hasten's own decoder stack; {context.model!r} runs on {target.name!r}",
                 hint="choose another method (`hasten methods`)",

@@ -10,7 +10,7 @@ from hasten.errors import IncompatibleError, out_of_range
 from hasten.models.assistant import Assistant
 from hasten.models.feature import weights_path
 from hasten.models.small import load_small
-from hasten.models.transformer import Transformer
+from hasten.models.stack import DecoderStack
 from hasten.types import MethodCard
 
 card = MethodCard(
@@ -63,7 +63,7 @@ class Tvdpp(Chain):
     def __init__(self, config: Config, context: MethodContext, assistant: Assistant | None = None) -> None:
         target = context.backbone
         if assistant is None:
-            if not isinstance(target, Transformer):
+            if not isinstance(target, DecoderStack):
                 raise IncompatibleError(
                     f"method 'tvdpp' needs a model of hasten's own decoder stack; {context.model!r} runs on "
                     f"{target.name!r}",

@@ -197,7 +197,7 @@ class AutoregressiveLoop:
                 reports.append(self._reading(turn, index, done, logits, drafter.needs))
             if turn.ready:
                 logits = logits[turn.heard :]
-                judged = self._judge(turn, logits)
+                judged = self._judge(turn, logits, done, done.logit_starts[index] + turn.heard)
                 if judged is None:
                     continue
                 if drafter is not None:
@@ -302,11 +302,19 @@ class AutoregressiveLoop:
         room = turn.row.cache.capacity - turn.row.cache.length - turn.count
         return max(0, min(drafter.max_nodes(turn.row.budget), turn.row.budget, room, LIMITS.draft_nodes))
 
-    def _judge(self, turn: _Turn, logits: Tensor) -> tuple[tuple[int, ...], int] | None:
-        """Verify, commit and compact one ready row; (accepted path, following token) for its drafter, None if failed."""
+    def _judge(self, turn: _Turn, logits: Tensor, done: Pass, first: int) -> tuple[tuple[int, ...], int] | None:
+        """Verify, commit and compact one ready row; (accepted path, following token) for its drafter, None if failed.
+
+        `logits` are rows `first`.. of the pass.
+        """
         row, base = turn.row, turn.row.cache.length
-        top = logits.max(-1)
-        if not all(math.isfinite(value) for value in top.values.tolist()):
+        if done.best is not None:
+            best = done.best[first : first + len(logits)]
+            broken = min(best) < 0
+        else:
+            top = logits.max(-1)
+            best, broken = top.indices.tolist(), not all(math.isfinite(value) for value in top.values.tolist())
+        if broken:
             row.cache.advance(turn.count)
             row.cache.scrub()
             row.reason, row.error = "error", "the model produced logits that are not finite"
@@ -316,12 +324,15 @@ class AutoregressiveLoop:
             self._prefilled(row)
         else:
             row.forwards += 1
-        self._emit(row, "forward", total=turn.count + len(turn.draft))
+        self._emit(row, "forward", total=turn.count + len(turn.draft), backbone=done.backbone)
         position = len(row.tokens)
         draws = row.drafter.draws if row.drafter is not None and turn.draft.q is not None else "point"
-        verdict = verify(row.law, logits, turn.draft, row.sampler, position, draws, top.indices.tolist())
+        verdict = verify(row.law, logits, turn.draft, row.sampler, position, draws, best)
         chosen = [0, *(node + 1 for node in verdict.path)]
-        lse = dict(zip(chosen, logits[chosen].logsumexp(-1).tolist(), strict=True))
+        if done.log_sum_exp is not None:
+            lse = {node: done.log_sum_exp[first + node] for node in chosen}
+        else:
+            lse = dict(zip(chosen, logits[chosen].logsumexp(-1).tolist(), strict=True))
         if verdict.path:
             kept = tuple(turn.draft.tokens[node] for node in verdict.path)
             self._emit(row, "accept", tokens=kept)
@@ -385,7 +396,7 @@ class AutoregressiveLoop:
         pick = list(nodes)
         first = done.spans[index][0] + turn.count - 1
         inside = [first + node for node in nodes]
-        topk = logits[pick].topk(needs.topk) if needs.topk else None
+        ids, values = done.topk(logits[pick], needs.topk) if needs.topk else (None, None)
         return Feedback(
             row=turn.row.id,
             nodes=nodes,
@@ -394,8 +405,8 @@ class AutoregressiveLoop:
             next=following,
             hidden={layer: done.hidden[layer][inside] for layer in needs.hidden},
             final=done.final_hidden[inside] if needs.final_hidden and done.final_hidden is not None else None,
-            topk=None if topk is None else topk.indices,
-            topk_logits=None if topk is None else topk.values,
+            topk=ids,
+            topk_logits=values,
             logits=logits[pick] if needs.logits else None,
         )
 
@@ -405,7 +416,7 @@ class AutoregressiveLoop:
         row, base = turn.row, turn.row.cache.length
         first = done.spans[index][0]
         span, heard = slice(first, first + turn.read), logits[: turn.heard]
-        topk = heard.topk(needs.topk) if needs.topk and turn.heard else None
+        ids, values = done.topk(heard, needs.topk) if needs.topk and turn.heard else (None, None)
         return Feedback(
             row=row.id,
             nodes=(),
@@ -414,8 +425,8 @@ class AutoregressiveLoop:
             next=row.tokens[base + turn.read],
             hidden={layer: done.hidden[layer][span] for layer in needs.hidden},
             final=done.final_hidden[span] if needs.final_hidden and done.final_hidden is not None else None,
-            topk=None if topk is None else topk.indices,
-            topk_logits=None if topk is None else topk.values,
+            topk=ids,
+            topk_logits=values,
             logits=heard if needs.logits and turn.heard else None,
         )
 

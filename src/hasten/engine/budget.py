@@ -9,7 +9,7 @@ is always a choice, and the choice depends on past cycles and on the draft's own
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hasten.engine.contracts import Draft, Drafter
@@ -64,6 +64,13 @@ class PassCost:
             for old in [n for n, one in sizes.items() if n > rows and one.used + _STALE < self._passes]:
                 sizes[old].times.clear()
                 self._fastest[rows].pop(old, None)
+
+    def expect(self, rows: int, times: Mapping[int, float]) -> None:
+        """Start from these seconds by query tokens, measured beforehand; the passes themselves then correct them."""
+        for tokens, seconds in times.items():
+            if tokens not in self._sizes.setdefault(rows, {}):
+                self._sizes[rows][tokens] = _Size(deque([seconds], maxlen=_WINDOW), self._passes)
+                self._fastest.setdefault(rows, {})[tokens] = seconds
 
     def __call__(self, rows: int, tokens: int) -> float:
         """Estimated seconds; 0 when nothing is known of `rows` rows. Between measured sizes it is interpolated."""

@@ -168,7 +168,9 @@ class Pass:
     """What one target pass over R rows returns.
 
     `logits` float32 [sum of wanted, vocab]: row r's block starts at `logit_starts[r]`. `spans[r]` is row r's (start, end)
-    in `hidden[layer]` and `final_hidden` [N, hidden] (N = all queries), present as asked.
+    in `hidden[layer]` and `final_hidden` [N, hidden] (N = all queries), present as asked. A backbone that has them at hand
+    also gives the arg-max `best` of every logit row (-1 where a logit is not finite), its `log_sum_exp`, and `top`, its own
+    way to the k best of some rows. `backbone` says who ran the pass.
     """
 
     logits: Tensor
@@ -177,6 +179,17 @@ class Pass:
     hidden: dict[int, Tensor] = field(default_factory=dict)
     final_hidden: Tensor | None = None
     embeds: Tensor | None = None
+    best: list[int] | None = None
+    log_sum_exp: list[float] | None = None
+    top: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None
+    backbone: str = ""
+
+    def topk(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """(ids, logits) [n, k] of the k best of every row of `logits` [n, vocab]."""
+        if self.top is not None:
+            return self.top(logits, k)
+        values, ids = logits.topk(k)
+        return ids, values
 
     def row_logits(self, row: int) -> Tensor:
         """Logits [wanted of this row, vocab]."""

@@ -25,6 +25,7 @@ from hasten.errors import ConfigError, FormatError, out_of_range
 from hasten.models.config import Layer, ModelConfig
 from hasten.models.fetch import cache_dir
 from hasten.models.linear import Linear
+from hasten.models.stack import DecoderStack
 from hasten.models.transformer import Block, Norm, Transformer
 
 Kind = Literal["eagle", "fspad"]
@@ -69,7 +70,7 @@ class FeatureModel(Transformer):
     """
 
     def __init__(
-        self, kind: Kind, target: Transformer, kept: Tensor, ffn: int | None = None, dtype: torch.dtype | None = None
+        self, kind: Kind, target: DecoderStack, kept: Tensor, ffn: int | None = None, dtype: torch.dtype | None = None
     ):
         if kind not in ("eagle", "fspad"):
             raise out_of_range("kind", kind, "eagle or fspad")
@@ -165,16 +166,16 @@ def compress(trained: list[tuple[str, nn.Parameter]], kept: Tensor, path: Path, 
     save_file(state, path, facts)
 
 
-def identity(model: Backbone, name: str) -> str:
+def identity(model: Backbone | DecoderStack, name: str) -> str:
     """What tells one model from another, however it was loaded: its family and a hash of its sizes and embeddings.
 
     The same in float32 and bfloat16. Models outside hasten's own stack go by `name`.
     """
-    if not isinstance(model, Transformer):
+    if not isinstance(model, DecoderStack):
         return name.replace("/", "--")
     c = model.config
     sizes = f"{c.vocab_size} {c.hidden} {len(c.layers)} {c.heads} {c.ffn}"
-    rows = model.embed.weight.detach()[:256].to(torch.bfloat16).view(torch.int16).numpy().tobytes()
+    rows = model.embed_rows(torch.arange(min(256, c.vocab_size))).to(torch.bfloat16).view(torch.int16).numpy().tobytes()
     return f"{c.family}-{hashlib.sha256(sizes.encode() + rows).hexdigest()[:12]}"
 
 
@@ -196,7 +197,7 @@ def weights_path(slug: str, backbone: Backbone, model: str, given: str = "") -> 
     )
 
 
-def load_feature_model(path: str | Path, kind: Kind, target: Transformer) -> FeatureModel:
+def load_feature_model(path: str | Path, kind: Kind, target: DecoderStack) -> FeatureModel:
     """The draft layer stored at `path`, in the target's precision, packed.
 
     Raises FormatError naming missing, unexpected or wrongly shaped tensors, ConfigError for another kind or target.
@@ -209,7 +210,7 @@ def load_feature_model(path: str | Path, kind: Kind, target: Transformer) -> Fea
 
 
 def read_layer(
-    path: str | Path, what: str, kind: str, target: Transformer, size: str
+    path: str | Path, what: str, kind: str, target: DecoderStack, size: str
 ) -> tuple[Tensor, dict[str, str], dict[str, Tensor]]:
     """(kept ids, facts, weights) of a file written by `compress`, checked against its kind and the target.
 

@@ -32,12 +32,15 @@ _KNOWN = ("llama", "smollm3", "qwen2", "qwen3", "gemma2", "gemma3")
 _INTERLEAVED = ("llama", "smollm3")  # these files store q and k rows for interleaved rotary embeddings
 _PER_LAYER = {
     "attn_norm.weight": "attn_norm.weight",
+    "ffn_norm.weight": "ffn_norm.weight",
     "attn_output.weight": "out.weight",
     "attn_output.bias": "out.bias",
     "attn_q_norm.weight": "q_norm.weight",
     "attn_k_norm.weight": "k_norm.weight",
     "ffn_down.weight": "down.weight",
 }
+_ALWAYS = ("attn_norm.weight", "ffn_norm.weight", "attn_output.weight", "ffn_down.weight")
+_SANDWICH = {"post_attention_norm.weight": "post_attn_norm.weight", "post_ffw_norm.weight": "post_ffn_norm.weight"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,62 +286,66 @@ class GGUFFile:
 
     # --- weights ---
 
-    def state(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
-        """Our parameter names and tensors, one at a time, q/k/v and gate/up fused, cast to `dtype`."""
-        config = self.config()
-        arch = self._get("general.architecture", str)
-        used = {"rope_freqs.weight"}
+    def raw(self, name: str) -> np.ndarray:
+        """The stored bytes of a tensor, uint8."""
+        info = self.tensors[name]
+        return np.frombuffer(self._data, np.uint8, info.nbytes, info.offset)
 
-        def take(name: str) -> np.ndarray:
-            used.add(name)
-            return self.dequantize(name)
+    def places(self, config: ModelConfig) -> dict[str, tuple[str, ...]]:
+        """Our parameter names (models/config.py) -> the stored tensors whose rows they are made of, in order.
 
-        def projection(name: str, heads: int) -> np.ndarray:
-            values = take(name)
-            if arch not in _INTERLEAVED:
-                return values
-            if values.shape[0] % (2 * heads):
-                raise FormatError(f"tensor {name} has {values.shape[0]} rows", path=str(self.path), field=name)
-            pairs = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
-            return pairs.swapaxes(1, 2).reshape(values.shape)
-
-        def tensor(values: np.ndarray) -> Tensor:
-            return torch.from_numpy(np.array(values, dtype=np.float32, order="C")).to(dtype)
-
-        def fuse(*parts: np.ndarray) -> Tensor:
-            if len({part.shape[1:] for part in parts}) != 1:
-                raise FormatError("projections of one layer have different widths", path=str(self.path))
-            return tensor(np.concatenate(parts))
-
-        yield "embed.weight", tensor(take("token_embd.weight"))
-        yield "norm.weight", tensor(take("output_norm.weight"))
-        if not config.tied:
-            yield "head.weight", tensor(take("output.weight"))
-        sandwich = {
-            "post_attention_norm.weight": "post_attn_norm.weight",
-            "post_ffw_norm.weight": "post_ffn_norm.weight",
+        Raises FormatError when the file holds a tensor that has no place.
+        """
+        places: dict[str, tuple[str, ...]] = {
+            "embed.weight": ("token_embd.weight",),
+            "norm.weight": ("output_norm.weight",),
         }
+        if not config.tied:
+            places["head.weight"] = ("output.weight",)
         for i in range(len(config.layers)):
             blk, ours = f"blk.{i}.", f"layers.{i}."
-            for part in ("weight", "bias"):
-                if part == "weight" or config.qkv_bias:
-                    yield (
-                        f"{ours}qkv.{part}",
-                        fuse(
-                            projection(f"{blk}attn_q.{part}", config.heads),
-                            projection(f"{blk}attn_k.{part}", config.kv_heads),
-                            take(f"{blk}attn_v.{part}"),
-                        ),
-                    )
-            yield f"{ours}gate_up.weight", fuse(take(f"{blk}ffn_gate.weight"), take(f"{blk}ffn_up.weight"))
-            yield f"{ours}ffn_norm.weight", tensor(take(f"{blk}ffn_norm.weight"))
-            for theirs, name in {**_PER_LAYER, **(sandwich if config.sandwich_norms else {})}.items():
-                wanted = theirs in ("attn_norm.weight", "attn_output.weight", "ffn_down.weight") or theirs in sandwich
-                if wanted or blk + theirs in self.tensors:
-                    yield ours + name, tensor(take(blk + theirs))
+            for part in ("weight", "bias") if config.qkv_bias else ("weight",):
+                places[f"{ours}qkv.{part}"] = tuple(f"{blk}attn_{x}.{part}" for x in "qkv")
+            places[f"{ours}gate_up.weight"] = (f"{blk}ffn_gate.weight", f"{blk}ffn_up.weight")
+            for theirs, name in {**_PER_LAYER, **(_SANDWICH if config.sandwich_norms else {})}.items():
+                if theirs in _ALWAYS or theirs in _SANDWICH or blk + theirs in self.tensors:
+                    places[ours + name] = (blk + theirs,)
+        used = {name for names in places.values() for name in names} | {"rope_freqs.weight"}
         left = sorted(set(self.tensors) - used)
         if left:
             raise FormatError(f"tensors without a place in the model: {', '.join(left[:6])}", path=str(self.path))
+        return places
+
+    def row_order(self, name: str, config: ModelConfig) -> np.ndarray | None:
+        """int32 [rows]: which stored row stands where, for q and k rows stored for interleaved rotary embeddings.
+
+        None where rows stay in place. Raises FormatError for a number of rows that no heads have.
+        """
+        kind = name.split(".")[-2]
+        if kind not in ("attn_q", "attn_k") or self._get("general.architecture", str) not in _INTERLEAVED:
+            return None
+        rows, heads = self.tensors[name].shape[0], config.heads if kind == "attn_q" else config.kv_heads
+        if rows % (2 * heads):
+            raise FormatError(f"tensor {name} has {rows} rows", path=str(self.path), field=name)
+        pairs = np.arange(rows, dtype=np.int32).reshape(heads, rows // heads // 2, 2)
+        return pairs.swapaxes(1, 2).reshape(rows)
+
+    def parameter(self, parts: tuple[str, ...], config: ModelConfig) -> np.ndarray:
+        """A parameter float32, from the stored tensors that `places` names."""
+        values = []
+        for name in parts:
+            one = self.dequantize(name)
+            order = self.row_order(name, config)
+            values.append(one if order is None else one[order])
+        if len({one.shape[1:] for one in values}) != 1:
+            raise FormatError("projections of one layer have different widths", path=str(self.path))
+        return np.array(values[0] if len(values) == 1 else np.concatenate(values), dtype=np.float32, order="C")
+
+    def state(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
+        """Our parameter names and tensors, one at a time, q/k/v and gate/up fused, cast to `dtype`."""
+        config = self.config()
+        for name, parts in self.places(config).items():
+            yield name, torch.from_numpy(self.parameter(parts, config)).to(dtype)
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer described by this file's metadata."""

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from hasten.errors import out_of_range
 from hasten.models.feature import compress, fill, read_layer
 from hasten.models.linear import Linear
-from hasten.models.transformer import Transformer
+from hasten.models.stack import DecoderStack
 
 
 class MedusaHeads(nn.Module):
     """`count` heads for `target` over the ids `kept` int64 [draft vocab]; untrained they repeat its own next token."""
 
-    def __init__(self, target: Transformer, kept: Tensor, count: int, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, target: DecoderStack, kept: Tensor, count: int, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         if count < 1:
             raise out_of_range("heads", count, "at least 1")
@@ -61,7 +61,7 @@ class MedusaHeads(nn.Module):
         compress(self.trained(), self.kept, path, {**facts, "about": json.dumps(about)})
 
 
-def load_heads(path: str | Path, target: Transformer) -> MedusaHeads:
+def load_heads(path: str | Path, target: DecoderStack) -> MedusaHeads:
     """The heads stored at `path`, packed; raises as `load_feature_model` does."""
     kept, facts, state = read_layer(path, "medusa-heads", "medusa", target, "heads")
     heads = MedusaHeads(target, kept, int(facts["heads"]))

@@ -1,4 +1,7 @@
-"""Any model source -> a loaded stack: catalog name, directory, hub id, .gguf or .safetensors file."""
+"""Any model source -> a loaded stack: catalog name, directory, hub id, .gguf or .safetensors file.
+
+hasten's own families run on the native stack where its library is there, else on torch; both from the same weights.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,8 @@ from hasten.errors import (
     out_of_range,
     unknown_name,
 )
+from hasten.kernels.library import ACTIVATIONS, KV_TYPES, available, missing
+from hasten.kernels.weights import KINDS
 from hasten.models import catalog
 from hasten.models.checkpoint import Checkpoint, checkpoint_files
 from hasten.models.config import ModelConfig
@@ -32,8 +37,11 @@ from hasten.models.transformer import Transformer
 
 if TYPE_CHECKING:
     from hasten.models.hf import AdaptedConfig, HFBackbone
+    from hasten.models.native import NativeStack
+    from hasten.models.packing import Weights
 
 Progress = Callable[[str, int, int], None]
+BACKBONES = ("auto", "native", "torch")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -42,7 +50,7 @@ _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 class Loaded:
     """A model in memory: the stack, its tokenizer (None for a bare weight file), where it came from, bytes of weights."""
 
-    model: Transformer | HFBackbone
+    model: Transformer | NativeStack | HFBackbone
     tokenizer: Tokenizer | None
     config: ModelConfig | AdaptedConfig
     source: str
@@ -50,22 +58,72 @@ class Loaded:
     bytes: int
 
 
-def load(source: str | Path, *, dtype: str = "auto", force: bool = False, progress: Progress | None = None) -> Loaded:
-    """Load `source` (see module) in `dtype`: auto (as stored; GGUF and float16 files: float32), float32 or bfloat16.
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a model is loaded; checked on construction, raises ConfigError naming the field.
 
-    Refuses what would not fit into memory unless `force`. Raises UnknownNameError, DownloadError, FormatError,
-    UnsupportedError, MemoryFitError, ConfigError.
+    dtype: of the weights - auto (as stored; on torch, GGUF and float16 files become float32), float32 or bfloat16.
+    backbone: auto (native where it can be), native or torch. The rest is for the native stack, and lossy when it is not the
+    default: activations exact or int8 (inputs of quantised matrices rounded to 8 bits), cache float32, bfloat16 or int8,
+    weights stored, int8, int4 or int4-min (rounded to nearest, 32 columns a scale; embeddings to int8).
+    force: load although the memory check says it will not fit.
     """
-    if dtype not in ("auto", *_DTYPES):
-        hint = "float16 is slow and loses range on CPUs" if dtype == "float16" else ""
-        raise out_of_range("dtype", dtype, "auto, float32 or bfloat16", hint)
+
+    dtype: str = "auto"
+    backbone: str = "auto"
+    activations: str = "exact"
+    cache: str = "float32"
+    weights: str = "stored"
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", *_DTYPES):
+            hint = "float16 is slow and loses range on CPUs" if self.dtype == "float16" else ""
+            raise out_of_range("dtype", self.dtype, "auto, float32 or bfloat16", hint)
+        for name, allowed in (
+            ("backbone", BACKBONES),
+            ("activations", ACTIVATIONS),
+            ("cache", KV_TYPES),
+            ("weights", ("stored", *KINDS)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise out_of_range(name, getattr(self, name), ", ".join(allowed))
+        if not self.native:
+            reason = "it was switched off" if self.backbone == "torch" else missing()
+            for name, default in (("activations", "exact"), ("cache", "float32"), ("weights", "stored")):
+                if getattr(self, name) != default:
+                    raise ConfigError(
+                        f"{name} = {getattr(self, name)!r} needs the native stack; {reason}",
+                        hint=f"use {name}={default!r}",
+                        field=name,
+                    )
+            if self.backbone == "native":
+                raise ConfigError(f"backbone = 'native': {reason}", hint="use backbone='torch'", field="backbone")
+
+    @property
+    def native(self) -> bool:
+        """Whether hasten's own families run on the native stack."""
+        return self.backbone != "torch" and available()
+
+    @property
+    def kind(self) -> torch.dtype | None:
+        """The dtype asked for, None for that of the file."""
+        return _DTYPES.get(self.dtype)
+
+
+def load(source: str | Path, *, progress: Progress | None = None, **how: Any) -> Loaded:
+    """Load `source` (see module); keywords are the fields of Options. Refuses what would not fit into memory.
+
+    Raises UnknownNameError, DownloadError, FormatError, UnsupportedError, MemoryFitError, ConfigError.
+    """
+    options = Options(**how)
     path = _resolve(source, progress)
     if path.is_dir():
-        return _directory(path, dtype, force, progress)
+        return _directory(path, options, progress)
     if path.suffix == ".gguf":
-        return _gguf(path, dtype, force, progress)
+        return _gguf(path, options, progress)
     if path.suffix == ".safetensors":
-        return _directory(path.parent, dtype, force, progress, [path])
+        return _directory(path.parent, options, progress, [path])
     raise FormatError("is neither a directory, a .gguf nor a .safetensors file", path=str(path))
 
 
@@ -108,12 +166,16 @@ def _fit(config: ModelConfig, dtype: torch.dtype, path: Path, force: bool) -> in
 
 
 def _fits(parameters: int, largest: int, dtype: torch.dtype, path: Path, force: bool) -> int:
-    weights = parameters * dtype.itemsize
+    return _room(parameters * dtype.itemsize, largest, str(dtype).removeprefix("torch."), parameters, path, force)
+
+
+def _room(weights: int, largest: int, what: str, parameters: int, path: Path, force: bool) -> int:
+    """`weights` bytes; raises MemoryFitError when they and the `largest` temporary exceed what is free."""
     free = available_bytes()
     if weights + largest > free and not force:
         raise MemoryFitError(
             f"{path.name} needs {(weights + largest) / 1e9:.1f} GB ({parameters / 1e9:.2f} billion weights in "
-            f"{str(dtype).removeprefix('torch.')}); {free / 1e9:.1f} GB are free",
+            f"{what}); {free / 1e9:.1f} GB are free",
             hint="close something, use dtype bfloat16, or override with force=True (--force)",
             field="model",
         )
@@ -132,16 +194,45 @@ def _counted(
             progress(f"loading {what}", min(done, config.parameters), config.parameters)
 
 
-def _gguf(path: Path, dtype: str, force: bool, progress: Progress | None) -> Loaded:
+def _gguf(path: Path, options: Options, progress: Progress | None) -> Loaded:
     file = open_gguf(path)
     config = file.config()
-    kind = _DTYPES.get(dtype, torch.float32)
-    size = _fit(config, kind, path, force)
-    model = Transformer.from_state(config, _counted(file.state(kind), config, path.name, progress), kind)
-    return Loaded(model, file.tokenizer(), config, str(path), kind, size)
+    kind = options.kind or torch.float32
+
+    def stack(dtype: torch.dtype) -> Transformer:
+        state = ((name, tensor.to(kind)) for name, tensor in file.state())
+        return Transformer.from_state(config, _counted(state, config, path.name, progress), dtype)
+
+    if options.native:
+        from hasten.models.packing import from_gguf
+
+        def make() -> Weights:
+            return from_gguf(file, config, options.kind, options.weights, progress)
+
+        size = (
+            sum(info.nbytes for info in file.tensors.values()) if options.kind != torch.bfloat16 else 2 * config.parameters
+        )
+        _room(size, 0, f"{size / max(1, config.parameters):.1f} bytes each", config.parameters, path, options.force)
+        model = _native(config, options, path, make, lambda: stack(torch.float32))
+        if progress is not None:
+            progress(f"loading {path.name}", config.parameters, config.parameters)
+        return Loaded(model, file.tokenizer(), config, str(path), kind, model.weights.nbytes)
+    size = _fit(config, kind, path, options.force)
+    return Loaded(stack(kind), file.tokenizer(), config, str(path), kind, size)
 
 
-def _directory(path: Path, dtype: str, force: bool, progress: Progress | None, files: list[Path] | None = None) -> Loaded:
+def _native(
+    config: ModelConfig, options: Options, path: Path, make: Callable[[], Weights], oracle: Callable[[], Transformer]
+) -> NativeStack:
+    from hasten.models.native import NativeStack
+    from hasten.models.packing import cached
+
+    weights = cached(path, f"{options.dtype} {options.weights}", make, config)
+    own = None if options.weights != "stored" else lambda: oracle().pack()
+    return NativeStack(config, weights, activations=options.activations, cache=options.cache, oracle=own)
+
+
+def _directory(path: Path, options: Options, progress: Progress | None, files: list[Path] | None = None) -> Loaded:
     raw = read_json(path / "config.json")
     if not raw:
         raise FormatError("holds no config.json", path=str(path))
@@ -151,24 +242,48 @@ def _directory(path: Path, dtype: str, force: bool, progress: Progress | None, f
     except UnsupportedError as error:
         if error.field != "model_type" or not isinstance(raw.get("model_type"), str):
             raise
-        return _adapted(path, raw, dtype, force, files)
-    stored = Checkpoint(files or checkpoint_files(path))
-    kind = _DTYPES.get(dtype) or (torch.float32 if stored.dtype == torch.float16 else stored.dtype)
-    size = _fit(config, kind, path, force)
-    state = state_from_hf(config, stored.names, stored.read)
-    model = Transformer.from_state(config, _counted(state, config, path.name, progress), kind)
+        return _adapted(path, raw, options, files)
+    files = files or checkpoint_files(path)
+    stored = Checkpoint(files)
+    kind = options.kind or (torch.float32 if stored.dtype == torch.float16 else stored.dtype)
+
+    def state() -> Iterator[tuple[str, Tensor]]:
+        return _counted(state_from_hf(config, stored.names, stored.read), config, path.name, progress)
+
+    size = _fit(config, kind, path, options.force)
     tokenizer = Tokenizer.from_dir(path) if (path / "tokenizer.json").is_file() else None
-    return Loaded(model, tokenizer, config, str(path), kind, size)
+    if options.native:
+        from hasten.models.packing import from_state
+
+        def oracle() -> Transformer:
+            return Transformer.from_state(config, ((name, tensor.to(kind)) for name, tensor in state()), torch.float32)
+
+        weights_file = files[0] if len(files) == 1 else path
+        model = _native(config, options, weights_file, lambda: from_state(config, state(), kind, options.weights), oracle)
+        if progress is not None:
+            progress(f"loading {path.name}", config.parameters, config.parameters)
+        return Loaded(model, tokenizer, config, str(path), kind, model.weights.nbytes)
+    return Loaded(Transformer.from_state(config, state(), kind), tokenizer, config, str(path), kind, size)
 
 
-def _adapted(path: Path, raw: dict[str, Any], dtype: str, force: bool, files: list[Path] | None) -> Loaded:
+def _adapted(path: Path, raw: dict[str, Any], options: Options, files: list[Path] | None) -> Loaded:
     """A family that only transformers knows, through the adapter; the weight files pass the same checks first."""
     from hasten.models.hf import load_adapted
 
+    if options.backbone == "native" or (options.activations, options.cache, options.weights) != (
+        "exact",
+        "float32",
+        "stored",
+    ):
+        raise UnsupportedError(
+            f"{path.name}: model type {raw.get('model_type')!r} runs through transformers, not on the native stack",
+            hint="use backbone='auto' and none of the native stack's options",
+            field="backbone",
+        )
     stored = Checkpoint(files or checkpoint_files(path))
-    kind = _DTYPES.get(dtype) or (torch.float32 if stored.dtype == torch.float16 else stored.dtype)
+    kind = options.kind or (torch.float32 if stored.dtype == torch.float16 else stored.dtype)
     sizes = [math.prod(shape) for _, shape in stored.shapes.values()]
-    size = _fits(sum(sizes), 4 * max(sizes, default=0), kind, path, force)
+    size = _fits(sum(sizes), 4 * max(sizes, default=0), kind, path, options.force)
     model = load_adapted(path, raw, kind, sum(sizes))
     tokenizer = Tokenizer.from_dir(path) if (path / "tokenizer.json").is_file() else None
     return Loaded(model, tokenizer, model.config, str(path), kind, size)

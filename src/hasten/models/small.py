@@ -21,6 +21,7 @@ from hasten.errors import ConfigError, out_of_range
 from hasten.models.config import Layer, ModelConfig
 from hasten.models.feature import compress, fill, read_layer
 from hasten.models.linear import Linear
+from hasten.models.stack import DecoderStack
 from hasten.models.transformer import Block, Transformer
 
 _HEAD = 64  # elements of an attention head, fewer where the model is narrower
@@ -49,7 +50,7 @@ class SmallLM(Transformer):
     Raises ConfigError for ids outside the target's vocabulary and for a width above the target's.
     """
 
-    def __init__(self, target: Transformer, kept: Tensor, shape: Shape | None = None, dtype: torch.dtype | None = None):
+    def __init__(self, target: DecoderStack, kept: Tensor, shape: Shape | None = None, dtype: torch.dtype | None = None):
         shape = shape or Shape()
         c = target.config
         if kept.ndim != 1 or not len(kept) or int(kept.min()) < 0 or int(kept.max()) >= c.vocab_size:
@@ -153,7 +154,7 @@ class SmallLM(Transformer):
         compress(self.trained(), self.kept, path, {**facts, "about": json.dumps(about)})
 
 
-def load_small(path: str | Path, target: Transformer) -> SmallLM:
+def load_small(path: str | Path, target: DecoderStack) -> SmallLM:
     """The small model stored at `path`, in the target's precision, packed; raises as `load_feature_model` does."""
     kept, facts, state = read_layer(path, "small-lm", "small", target, "hidden")
     try:

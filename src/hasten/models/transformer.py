@@ -23,6 +23,7 @@ from hasten.errors import FormatError, UnsupportedError, out_of_range
 from hasten.models.config import ModelConfig
 from hasten.models.linear import Linear
 from hasten.models.rope import RopeTable
+from hasten.models.stack import DecoderStack
 
 
 class Norm(nn.Module):
@@ -215,7 +216,7 @@ class Block(nn.Module):
         return beside("layer", h, out)
 
 
-class Transformer(nn.Module):
+class Transformer(nn.Module, DecoderStack):
     """A decoder stack of `config`, in `dtype`; implements the engine's Backbone contract under the name "torch"."""
 
     name = "torch"
@@ -302,6 +303,10 @@ class Transformer(nn.Module):
     def _embed(self, tokens: Tensor) -> Tensor:
         h = self.embed(tokens)
         return h if self.config.embed_scale == 1.0 else h * torch.tensor(self.config.embed_scale, dtype=h.dtype)
+
+    def embed_rows(self, ids: Tensor) -> Tensor:
+        """Rows [len(ids), hidden] of the input embedding as stored."""
+        return self.embed.weight.detach()[ids]
 
     def output_rows(self, ids: Tensor) -> Tensor:
         """Rows [len(ids), hidden] of the output layer, also when it is packed."""
@@ -422,7 +427,7 @@ class Transformer(nn.Module):
         rows = h if len(wanted) == len(h) else h[wanted]
         logits = self.logits(self.norm(rows)) if wanted else torch.empty(0, self.config.vocab_size)
         spans = tuple((plan.span.start, plan.span.stop) for plan in plans)
-        return Pass(logits, tuple(starts), spans, taps, final, embeds)
+        return Pass(logits, tuple(starts), spans, taps, final, embeds, backbone=self.name)
 
     @staticmethod
     def _before(i: int, h: Tensor, plans: Sequence[_RowPlan]) -> tuple[Tensor, bool]:

@@ -15,7 +15,9 @@ from hasten.errors import IncompatibleError, out_of_range, unknown_name
 from hasten.models.feature import FeatureModel, Kind, identity
 from hasten.models.fetch import cache_dir
 from hasten.models.heads import MedusaHeads
+from hasten.models.native import as_transformer
 from hasten.models.small import Shape, SmallLM
+from hasten.models.stack import DecoderStack
 from hasten.models.transformer import Transformer
 from hasten.train import align as aligning
 from hasten.train import features as training
@@ -86,15 +88,14 @@ def train(
     """
     if slug not in RECIPES:
         raise unknown_name("recipe", slug, RECIPES)
-    target = llm.model
-    if slug != "aded" and not isinstance(target, Transformer):
+    if slug != "aded" and not isinstance(llm.model, DecoderStack):
         raise IncompatibleError(
-            f"recipe {slug!r} needs a model of hasten's own decoder stack; {llm.name!r} runs on {target.name!r}",
+            f"recipe {slug!r} needs a model of hasten's own decoder stack; {llm.name!r} runs on {llm.model.name!r}",
             field="model",
         )
     show = progress or (lambda what, done, total: None)
     started = time.perf_counter()
-    place = identity(target, llm.name)
+    place = identity(llm.model, llm.name)
     work = work or cache_dir() / "train" / place
     work.mkdir(parents=True, exist_ok=True)
     out = out or cache_dir() / "drafters" / place / f"{slug}.safetensors"
@@ -103,7 +104,7 @@ def train(
     learnt, held = texts.split(min(recipe.held_out, len(texts) - 1))  # some prompts are too long and left out
     if slug == "aded":
         return {**count(llm, recipe, learnt, out), "seconds": round(time.perf_counter() - started, 1)}
-    target = cast(Transformer, target)
+    target = cast(Transformer, as_transformer(llm.model))
     if slug == "tvdpp":
         facts = aligned(llm, target, recipe, learnt, held, out, work, show)
         return {**facts, "seconds": round(time.perf_counter() - started, 1)}

@@ -1,0 +1,283 @@
+// One forward pass, run by every thread at once: each part is split over rows of a matrix, tokens or heads, and a barrier
+// stands where the next part reads what another thread wrote.
+#pragma once
+
+struct Span {
+  int from, to;
+};
+
+inline Span share(int64_t count, int thread, int threads) {
+  return {(int)(count * thread / threads), (int)(count * (thread + 1) / threads)};
+}
+
+template <class Space>
+inline Acts acts(const Space &s, bool int8) {
+  return {s.f, s.q, s.scale, s.total, s.whole, (int)s.cols, (int)(s.cols / TILE), int8};
+}
+
+// Everything a thread needs in a pass.
+struct Thread {
+  const Stack &stack;
+  const HastenModel &m;
+  const HastenPass &p;
+  const Workspace &w;
+  Acts normed, mixed, inner;
+  int id, count;
+  double since;
+
+  Thread(const Stack &s, const HastenPass &pass, int thread, int threads)
+      : stack(s), m(s.model), p(pass), w(s.space), normed(acts(w.normed, m.activations == HASTEN_INT8)),
+        mixed(acts(w.mixed, m.activations == HASTEN_INT8)), inner(acts(w.inner, m.activations == HASTEN_INT8)), id(thread),
+        count(threads), since(0) {}
+
+  void meet(int part) {
+    barrier();
+    if (id == 0 && p.part_seconds) {
+      const double here = now();
+      p.part_seconds[part] += here - since;
+      since = here;
+    }
+  }
+};
+
+// The 8-bit forms or sums of token t's columns; the tail that fills up the last tile stays zero.
+inline void finish(const Acts &a, int t) {
+  for (int b = 0; b < a.tiles; b++) finish_tile(a, t, b);
+}
+
+inline void embed(const Thread &T, int t) {
+  float *x = T.w.x + (int64_t)t * T.m.hidden;
+  if (T.p.embeds) {
+    memcpy(x, T.p.embeds + (int64_t)t * T.m.hidden, (size_t)T.m.hidden * 4);
+    return;
+  }
+  unpack_row(T.m.embed, T.p.tokens[t], x);
+  if (T.m.embed_scale != 1.0f)
+    for (int i = 0; i < T.m.hidden; i++) x[i] *= T.m.embed_scale;
+}
+
+// x += norm(y) where the part before was normed, then the norm of x for the next part.
+inline void join_and_norm(const Thread &T, int t, const float *post, const float *weight) {
+  const int n = T.m.hidden;
+  float *x = T.w.x + (int64_t)t * n;
+  if (post) {
+    float *y = T.w.y + (int64_t)t * n;
+    rms_norm(y, post, T.m.norm_eps, n, y);
+    for (int i = 0; i < n; i++) x[i] += y[i];
+  }
+  rms_norm(x, weight, T.m.norm_eps, n, T.normed.f + (int64_t)t * T.normed.cols);
+  finish(T.normed, t);
+}
+
+inline void tap(const Thread &T, int layer) {
+  for (int i = 0; i < T.p.taps; i++)
+    if (T.p.tap_layers[i] == layer)
+      for (int t = T.id; t < T.p.queries; t += T.count)
+        memcpy(T.p.tap_out[i] + (int64_t)t * T.m.hidden, T.w.x + (int64_t)t * T.m.hidden, (size_t)T.m.hidden * 4);
+}
+
+// A store of 16 sums into columns of y, with a bias, cut at the matrix's rows.
+inline void put_rows(float *y, int at, vf v, int rows, const float *bias) {
+  const int n = rows - at < LANES ? rows - at : LANES;
+  if (bias) v = add(v, load_n(bias + at, n));
+  store_n(y + at, v, n);
+}
+
+inline void project(const Thread &T, const HastenLayer &l) {
+  const HastenMatrix *parts[] = {&l.q, &l.k, &l.v};
+  const int wide = (T.m.heads + 2 * T.m.kv_heads) * T.m.head_dim;
+  int64_t all = 0;
+  for (const HastenMatrix *m : parts) all += groups_of(m->rows);
+  const Span mine = share(all, T.id, T.count);
+  int first = 0, column = 0;
+  for (const HastenMatrix *m : parts) {
+    const int groups = (int)groups_of(m->rows);
+    const int from = mine.from > first ? mine.from - first : 0, to = mine.to - first < groups ? mine.to - first : groups;
+    const float *bias = l.qkv_bias ? l.qkv_bias + column : nullptr;
+    if (from < to)
+      multiply(*m, T.normed, T.p.queries, from, to, [&](int g, int t, vf v) {
+        put_rows(T.w.qkv + (int64_t)t * wide + column, g * LANES, v, m->rows, bias);
+      });
+    first += groups;
+    column += m->rows;
+  }
+}
+
+inline int64_t entry_bytes(const HastenModel &m) {
+  return m.kv_type == HASTEN_KV_F32 ? m.head_dim * 4 : m.kv_type == HASTEN_KV_BF16 ? m.head_dim * 2 : m.head_dim + 4;
+}
+
+// Slab of layer l, keys (0) or values (1), of one head of a query's row.
+inline uint8_t *head_slab(const Thread &T, int t, int l, int which, int head) {
+  const int row = T.p.row_of[t];
+  const int64_t bytes = (int64_t)T.p.capacity[row] * entry_bytes(T.m);
+  return (uint8_t *)T.p.slabs[row] + (((int64_t)l * 2 + which) * T.m.kv_heads + head) * bytes;
+}
+
+// Norm, rotation and scale of every head of the queries' q and k; k and v go to their slots.
+inline void place(const Thread &T, const HastenLayer &l, int layer) {
+  const int dim = T.m.head_dim, heads = T.m.heads, kv = T.m.kv_heads, wide = (heads + 2 * kv) * dim;
+  for (int j = T.id; j < T.p.queries * (heads + kv); j += T.count) {
+    const int t = j / (heads + kv), h = j % (heads + kv);
+    float *x = T.w.qkv + (int64_t)t * wide + h * dim;
+    const float *norm = h < heads ? l.q_norm : l.k_norm;
+    if (norm) rms_norm(x, norm, T.m.norm_eps, dim, x);
+    if (l.rope >= 0) {
+      const int rotated = T.m.rotated[l.rope];
+      const int64_t at = (int64_t)T.p.positions[t] * (rotated / 2);
+      rotate(x, T.m.rope_cos[l.rope] + at, T.m.rope_sin[l.rope] + at, rotated);
+    }
+    if (h < heads) {
+      for (int i = 0; i < dim; i++) x[i] *= T.m.attn_scale;
+    } else {
+      const int64_t at = T.p.slots[t] * entry_bytes(T.m);
+      store_entry(head_slab(T, t, layer, 0, h - heads) + at, T.m.kv_type, x, dim);
+      store_entry(head_slab(T, t, layer, 1, h - heads) + at, T.m.kv_type, x + kv * dim, dim);
+    }
+  }
+}
+
+inline void attention(const Thread &T, int layer) {
+  const int dim = T.m.head_dim, kv = T.m.kv_heads, group = T.m.heads / kv, wide = (T.m.heads + 2 * kv) * dim;
+  const HastenSight *sight = T.p.sight + (int64_t)T.p.kind_of_layer[layer] * T.p.queries;
+  float *scores = T.w.scores + (int64_t)T.id * HEADS_AT_ONCE * T.w.room;
+  // a few queries: the heads of a group are shared out too, or a thread would idle
+  const int pieces = T.p.queries * kv >= 4 * T.count ? 1 : group;
+  for (int j = T.id; j < T.p.queries * kv * pieces; j += T.count) {
+    const int t = j / (kv * pieces), h = j / pieces % kv, piece = j % pieces, heads = group / pieces;
+    const HastenSight &s = sight[t];
+    const Visible seen = {s.lo, s.hi - s.lo, T.p.extras + s.extra_at, s.hi - s.lo + s.extra_count};
+    const Keys keys = {head_slab(T, t, layer, 0, h), entry_bytes(T.m), T.m.kv_type};
+    const Keys values = {head_slab(T, t, layer, 1, h), entry_bytes(T.m), T.m.kv_type};
+    const int first = (h * group + piece * heads) * dim;
+    attend(T.w.qkv + (int64_t)t * wide + first, heads, dim, T.m.attn_softcap, keys, values, seen, scores, T.w.room,
+           T.mixed.f + (int64_t)t * T.mixed.cols + first);
+    if (dim % TILE == 0)  // a head is whole tiles, which nobody else writes to
+      for (int b = first / TILE; b < (first + heads * dim) / TILE; b++) finish_tile(T.mixed, t, b);
+  }
+  if (dim % TILE == 0) return;
+  barrier();
+  for (int t = T.id; t < T.p.queries; t += T.count) finish(T.mixed, t);
+}
+
+// y = W a, added to the residual stream, or kept apart where a norm comes first.
+inline void add_output(const Thread &T, const HastenMatrix &m, const Acts &a, const float *bias, bool apart) {
+  const Span mine = share(groups_of(m.rows), T.id, T.count);
+  const int n = T.m.hidden;
+  multiply(m, a, T.p.queries, mine.from, mine.to, [&](int g, int t, vf v) {
+    float *to = (apart ? T.w.y : T.w.x) + (int64_t)t * n;
+    if (!apart) v = add(v, load_n(to + g * LANES, n - g * LANES < LANES ? n - g * LANES : LANES));
+    put_rows(to, g * LANES, v, n, bias);
+  });
+}
+
+// The gated part: act(gate) * up, in pairs of groups so that a thread finishes whole tiles.
+inline void gate_and_up(const Thread &T, const HastenLayer &l) {
+  const int ffn = T.m.ffn, groups = (int)groups_of(ffn), pairs = (groups + 1) / 2;
+  const Span mine = share(pairs, T.id, T.count);
+  const float *gate_bias = l.gate_up_bias, *up_bias = gate_bias ? gate_bias + ffn : nullptr;
+  for (int at = 0; at < T.p.queries; at += TOKENS) {
+    const int end = at + TOKENS < T.p.queries ? at + TOKENS : T.p.queries;
+    for (int pair = mine.from; pair < mine.to; pair++) {
+      for (int t = at; t < end;) {
+        const int n = end - t < AT_ONCE ? end - t : AT_ONCE;
+        for (int g = 2 * pair; g < 2 * pair + 2 && g < groups; g++) {
+          vf gate[AT_ONCE], up[AT_ONCE];
+          group_sums(l.gate, g, T.normed, t, n, gate);
+          group_sums(l.up, g, T.normed, t, n, up);
+          const int wide = ffn - g * LANES < LANES ? ffn - g * LANES : LANES;
+          for (int i = 0; i < n; i++) {
+            if (gate_bias) {
+              gate[i] = add(gate[i], load_n(gate_bias + g * LANES, wide));
+              up[i] = add(up[i], load_n(up_bias + g * LANES, wide));
+            }
+            const vf act = T.m.gelu ? gelu(gate[i]) : silu(gate[i]);
+            store_n(T.inner.f + (int64_t)(t + i) * T.inner.cols + g * LANES, mul(act, up[i]), wide);
+          }
+        }
+        for (int i = 0; i < n; i++) finish_tile(T.inner, t + i, pair);
+        t += n;
+      }
+    }
+  }
+}
+
+inline void output(Thread &T, const float *post) {
+  const int n = T.m.hidden;
+  if (T.p.final_hidden) {  // the norm of every query is wanted as it is
+    for (int t = T.id; t < T.p.queries; t += T.count) {
+      join_and_norm(T, t, post, T.m.norm);
+      memcpy(T.p.final_hidden + (int64_t)t * n, T.normed.f + (int64_t)t * T.normed.cols, (size_t)n * 4);
+    }
+    T.meet(HASTEN_PART_NORM);
+    post = nullptr;
+  } else if (post) {
+    for (int t = T.id; t < T.p.queries; t += T.count) join_and_norm(T, t, post, T.m.norm);
+    T.meet(HASTEN_PART_NORM);
+  }
+  tap(T, T.m.layers);
+  if (!T.p.wanted_total) return;
+  for (int i = T.id; i < T.p.wanted_total; i += T.count) {
+    rms_norm(T.w.x + (int64_t)T.p.wanted[i] * n, T.m.norm, T.m.norm_eps, n, T.normed.f + (int64_t)i * T.normed.cols);
+    finish(T.normed, i);
+  }
+  T.meet(HASTEN_PART_NORM);
+  const int64_t vocab = T.m.vocab, slices = (vocab + SLICE - 1) / SLICE;
+  const Span mine = share(groups_of(vocab), T.id, T.count);
+  const float cap = T.m.logit_softcap;
+  multiply(T.m.head, T.normed, T.p.wanted_total, mine.from, mine.to, [&](int g, int t, vf v) {
+    if (cap > 0) v = mul(set(cap), tanh(div(v, set(cap))));
+    put_rows(T.p.logits + t * vocab, g * LANES, v, (int)vocab, nullptr);
+  });
+  barrier();
+  for (int64_t j = T.id; j < T.p.wanted_total * slices; j += T.count) {
+    const int64_t t = j / slices, s = j % slices, to = (s + 1) * SLICE < vocab ? (s + 1) * SLICE : vocab;
+    slice_of(T.p.logits + t * vocab, s * SLICE, to, T.w.part + j * 3);
+  }
+  barrier();
+  for (int t = T.id; t < T.p.wanted_total; t += T.count)
+    combine(T.w.part + t * slices * 3, slices, T.p.best + t, T.p.log_sum_exp + t);
+  T.meet(HASTEN_PART_HEAD);
+}
+
+inline void run_pass(const Stack &stack, const HastenPass &pass, int thread, int threads) {
+  Thread T(stack, pass, thread, threads);
+  T.since = now();
+  const float *post = nullptr;  // the norm that the last part's output still has to pass
+  for (int t = thread; t < pass.queries; t += threads) embed(T, t);
+  for (int i = 0; i < T.m.layers; i++) {
+    const HastenLayer &l = stack.layers[i];
+    for (int t = thread; t < pass.queries; t += threads) join_and_norm(T, t, post, l.attn_norm);
+    T.meet(HASTEN_PART_NORM);
+    tap(T, i);
+    project(T, l);
+    T.meet(HASTEN_PART_QKV);
+    place(T, l, i);
+    barrier();
+    attention(T, i);
+    T.meet(HASTEN_PART_ATTENTION);
+    add_output(T, l.out, T.mixed, l.out_bias, l.post_attn_norm != nullptr);
+    T.meet(HASTEN_PART_OUT);
+    for (int t = thread; t < pass.queries; t += threads) join_and_norm(T, t, l.post_attn_norm, l.ffn_norm);
+    T.meet(HASTEN_PART_NORM);
+    gate_and_up(T, l);
+    T.meet(HASTEN_PART_FFN);
+    add_output(T, l.down, T.inner, l.down_bias, l.post_ffn_norm != nullptr);
+    T.meet(HASTEN_PART_DOWN);
+    post = l.post_ffn_norm;
+  }
+  output(T, post);
+}
+
+inline void run_linear(const HastenMatrix &m, const float *x, int tokens, bool int8, float *y, const Workspace &space,
+                       int thread, int threads) {
+  const Acts a = acts(space.normed, int8);
+  for (int t = thread; t < tokens; t += threads) {
+    memcpy(a.f + (int64_t)t * a.cols, x + (int64_t)t * m.cols, (size_t)m.cols * 4);
+    finish(a, t);
+  }
+  barrier();
+  const Span mine = share(groups_of(m.rows), thread, threads);
+  multiply(m, a, tokens, mine.from, mine.to,
+           [&](int g, int t, vf v) { put_rows(y + (int64_t)t * m.rows, g * LANES, v, m.rows, nullptr); });
+}

@@ -1,0 +1,131 @@
+"""Linear operators of every layout and instruction set: against float64, and bit for bit whatever else is in the pass."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hasten.errors import ConfigError
+from hasten.kernels import library, weights
+
+if not library.available():
+    pytest.skip("the native library was not built", allow_module_level=True)
+
+from test_pack import SOURCES, stored
+
+
+def levels() -> list[str]:
+    """The instruction sets of this processor, best first."""
+    found = []
+    for name in library.LEVELS[1:]:
+        try:
+            library.set_level(name)
+            found.append(name)
+        except ConfigError:
+            pass
+    library.set_level("auto")
+    return found
+
+
+LEVELS = levels()
+
+
+@pytest.fixture(autouse=True)
+def best_level():
+    yield
+    library.set_level("auto")
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", sorted(SOURCES))
+@settings(max_examples=12, deadline=None)
+@given(
+    rows=st.integers(1, 50),
+    blocks=st.integers(1, 3),
+    odd=st.integers(0, 9),
+    tokens=st.integers(1, 70),
+    seed=st.integers(0, 10**6),
+)
+def test_products_are_right_and_independent_of_their_company(level, kind, rows, blocks, odd, tokens, seed):
+    source, step = SOURCES[kind]
+    cols = blocks * step + (odd if step == 1 else 0)
+    raw, values = stored(kind, rows, cols, seed)
+    packed = weights.pack(source, raw, rows, cols)
+    x = np.random.default_rng(seed).standard_normal((tokens, cols)).astype(np.float32)
+    want = x.astype(np.float64) @ values.T.astype(np.float64)
+    size = np.abs(x).astype(np.float64) @ np.abs(values).T.astype(np.float64) + 1e-9
+    library.set_level(level)
+    for mode, bound in (("exact", 1e-6), ("int8", 1e-6 if step == 1 else 0.02)):
+        got = packed.multiply(x, mode)
+        assert (np.abs(got - want) <= bound * size + 1e-30).all()
+        for some in (slice(0, 1), slice(tokens // 2, tokens // 2 + 3), slice(tokens - 1, tokens)):
+            assert np.array_equal(packed.multiply(x[some], mode), got[some])
+
+
+@pytest.mark.parametrize("mode", library.ACTIVATIONS)
+@pytest.mark.parametrize("kind", sorted(SOURCES))
+def test_threads_and_vector_width_change_no_bit(kind, mode):
+    source, _ = SOURCES[kind]
+    raw, _ = stored(kind, 90, 256, 3)
+    packed = weights.pack(source, raw, 90, 256)
+    x = np.random.default_rng(1).standard_normal((9, 256)).astype(np.float32)
+    before = library.native().hasten_threads()
+    out = {}
+    for level in LEVELS:
+        library.set_level(level)
+        for threads in (1, 2, 5):
+            library.set_threads(threads)
+            out[level, threads] = packed.multiply(x, mode)
+    library.set_threads(before)
+    for level in LEVELS:
+        assert all(np.array_equal(out[level, 1], out[level, threads]) for threads in (2, 5))
+    if {"avx512", "avx2"} <= set(LEVELS):
+        assert np.array_equal(out["avx512", 1], out["avx2", 1])
+    assert np.allclose(out[LEVELS[0], 1], out["portable", 1], rtol=1e-4, atol=1e-5)
+
+
+def test_int8_activations_are_exact_where_rounding_loses_nothing():
+    """Whole numbers with a peak of 127 in every 32 columns are their own 8-bit form."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(-127, 128, (5, 64)).astype(np.float32)
+    x[:, ::32] = 127
+    for kind in ("Q4_0", "Q4_1", "Q8_0", "Q5_0"):
+        raw, _ = stored(kind, 20, 64, 2)
+        packed = weights.pack(SOURCES[kind][0], raw, 20, 64)
+        for level in LEVELS:
+            library.set_level(level)
+            assert np.allclose(packed.multiply(x, "int8"), packed.multiply(x, "exact"), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_is_not_lost_in_rounding(level, bad):
+    library.set_level(level)
+    for kind in ("Q4_0", "Q4_1", "Q8_0"):
+        raw, _ = stored(kind, 20, 64, 2)
+        packed = weights.pack(SOURCES[kind][0], raw, 20, 64)
+        x = np.ones((2, 64), np.float32)
+        x[1, 5] = bad
+        got = packed.multiply(x, "int8")
+        assert np.isfinite(got[0]).all()
+        assert not np.isfinite(got[1]).any()
+
+
+def test_no_tokens_give_no_rows_and_wrong_shapes_are_refused():
+    packed = weights.pack_float(np.ones((3, 4), np.float32))
+    assert packed.multiply(np.zeros((0, 4), np.float32)).shape == (0, 3)
+    with pytest.raises(ConfigError, match="x"):
+        packed.multiply(np.zeros((1, 5), np.float32))
+    with pytest.raises(ConfigError, match="activations"):
+        packed.multiply(np.zeros((1, 4), np.float32), "int4")
+
+
+def test_levels_and_threads_that_are_not_there_are_refused():
+    for name in ("sse", "", "avx1024"):
+        with pytest.raises(ConfigError, match="level"):
+            library.set_level(name)
+    for count in (0, 257, -1):
+        with pytest.raises(ConfigError, match="threads"):
+            library.set_threads(count)
