@@ -306,10 +306,11 @@ def _batched(model: SmallLM, teacher: Teacher, answers: Sequence[Answer], tokens
 def _states(model: SmallLM, batch: Sequence[Answer]) -> Tensor:
     """The draft model's states [N, d] before all answer tokens of a batch, in order."""
     ids = torch.zeros(len(batch), max(len(one.ids) for one in batch) - 1, dtype=torch.int64)
+    answered = torch.zeros(ids.shape, dtype=torch.bool)
     for i, one in enumerate(batch):
         ids[i, : len(one.ids) - 1] = one.ids[:-1]
-    states = model.dense(ids)
-    return torch.cat([states[i, one.start - 1 : len(one.ids) - 1] for i, one in enumerate(batch)])
+        answered[i, one.start - 1 : len(one.ids) - 1] = True
+    return model.dense(ids)[answered]
 
 
 def _index(model: SmallLM) -> Tensor:
