@@ -239,9 +239,9 @@ def kernels() -> str:
                 )
             )
     text = (
-        "Plain decoding on the native stack against llama.cpp (through llama-cpp-python; flash attention on or off, whichever "
-        f"is faster) on the same file: batch 1, greedy, medians of alternating rounds (range in brackets), {about['threads']} "
-        f"threads of {about['cpu']}, {about['date']}; `hasten bench MODEL --suite kernels` repeats it "
+        "Plain decoding on the native stack against llama.cpp (through llama-cpp-python; flash attention on or off, "
+        "whichever is faster) on the same file: batch 1, greedy, medians of alternating rounds (range in brackets), "
+        f"{about['threads']} threads of {about['cpu']}, {about['date']}; `hasten bench MODEL --suite kernels` repeats it "
         "([result files](bench/results))."
     )
     head = ("file", "activations", "hasten, tokens/s", "llama.cpp, tokens/s", "ratio", "prompt tokens/s", "8 tokens cost")

@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.engine.contracts import Draft, Feedback, Needs, RowView
+from hasten.draft.tvdpp import Config, Tvdpp
+from hasten.engine.contracts import Draft, Feedback, MethodContext, Needs, RowView
+from hasten.models.assistant import Assistant
+from hasten.models.small import Shape, SmallLM
 
 
 class Stub:
@@ -125,6 +128,16 @@ class Sampled(Stub):
                     following.append((len(tokens) - 1, [*text, token]))
             level = following
         return Draft(tuple(tokens), tuple(parents), table)
+
+
+def small_model(engine, kept: int, **knobs) -> Tvdpp:
+    """TVD++'s drafter with a random model over the first `kept` ids, sharp enough to be sometimes right."""
+    target = engine.backbone
+    model = SmallLM(target, torch.arange(kept), Shape(hidden=32, layers=2, ffn=40, window=16)).reset(1)
+    model.back.data *= 8
+    model.requires_grad_(False).pack()
+    context = MethodContext("tiny", target)
+    return Tvdpp(Config(floor=0.0, **knobs), context, Assistant(model, target.config.vocab_size))
 
 
 class Clock:

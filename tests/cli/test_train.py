@@ -39,6 +39,26 @@ def test_a_trained_layer_is_found_by_its_method(hasten, tiny, tmp_path, monkeypa
     )  # fmt: skip
 
 
+def test_a_small_model_is_aligned_and_drafts(hasten, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("HASTEN_HOME", str(tmp_path))
+    result = hasten("train", "tvdpp", tiny, *SIZES, "--steps", "6", "--json")
+    assert result.code == 0, result.err
+    facts = json.loads(result.out)
+    assert (facts["recipe"], facts["loss"], facts["steps"]) == ("tvdpp", "tvdpp", [3, 3])
+    assert 0 < facts["acceptance"] <= 1
+    plain = hasten("run", tiny, "The quick", "--max-tokens", "20", "--method", "plain")
+    drafted = hasten("run", tiny, "The quick", "--max-tokens", "20", "--method", "tvdpp:floor=0")
+    assert drafted.code == 0, drafted.err
+    assert drafted.out == plain.out
+    out = str(tmp_path / "other.safetensors")
+    other = hasten("train", "tvdpp", tiny, *SIZES, "--steps", "6", "--loss", "kld", "--out", out)
+    assert other.code == 0, other.err
+    assert "before aligning" in other.out
+    refused = hasten("train", "tvdpp", tiny, *SIZES, "--loss", "hinge")
+    assert refused.code == 2
+    assert "train.loss" in refused.err
+
+
 def test_statistics_are_counted_and_found_by_aded(hasten, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("HASTEN_HOME", str(tmp_path))
     result = hasten("train", "aded", tiny, *SIZES, "--json")

@@ -9,9 +9,10 @@ import random
 import pytest
 import tiny
 import torch
-from drafters import Oracle, RandomTree, Stub
+from drafters import Oracle, RandomTree, Stub, small_model
 
 from hasten.draft.prompt_lookup import Config, PromptLookup
+from hasten.draft.tvdpp import Tvdpp
 from hasten.engine import ar
 from hasten.engine.contracts import MethodContext
 from hasten.engine.engine import PLAIN, Engine, Parts
@@ -88,18 +89,20 @@ def test_batching_changes_nothing(engine: Engine, sampling: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sampling", "kind"), list(itertools.product(SAMPLINGS, ["random", "right", "half", "wide", "lookup", "empty"]))
+    ("sampling", "kind"),
+    list(itertools.product(SAMPLINGS, ["random", "right", "half", "wide", "lookup", "small", "empty"])),
 )
 def test_drafts_change_nothing(engine: Engine, sampling: str, kind: str) -> None:
     batch = requests(10, SAMPLINGS[sampling], seed=3)
     plain = run(engine, batch, PLAIN)
     texts = {r.prompt: [*r.prompt, *t] for r, t in zip(batch, plain, strict=True)}
-    drafter: Stub | PromptLookup = {
+    drafter: Stub | PromptLookup | Tvdpp = {
         "random": lambda: RandomTree(tiny.VOCAB),
         "right": lambda: Oracle(texts, tiny.VOCAB),
         "half": lambda: Oracle(texts, tiny.VOCAB, skill=0.5),
         "wide": lambda: Oracle(texts, tiny.VOCAB, skill=0.8, wide=True),
         "lookup": lambda: PromptLookup(Config(), MethodContext("tiny", engine.backbone)),
+        "small": lambda: small_model(engine, 60, nodes=5, sample=False),
         "empty": Stub,
     }[kind]()
     parts = Parts(drafter, budget=9)

@@ -34,15 +34,15 @@ def trial(
 ) -> Comparison:
     """Plain decoding, prompt lookup and `methods` (names with settings, or runners) over three draws of prompts.
 
-    Six groups with four prompts of 64 new tokens for each seed; with `quick` two groups with one prompt of 32 tokens.
+    Six groups with three prompts of 48 new tokens for each seed; with `quick` two groups with one prompt of 24 tokens.
     Greedy unless `sampling` says otherwise. Methods start cold with each seed.
     """
     runners: dict[str, Runner] = {
         name: runner(llm, method, **sampling) if isinstance(method, str) else method
         for name, method in {**baselines, **methods}.items()
     }
-    over = prompts(llm, 1, SEEDS, QUICK_GROUPS) if quick else prompts(llm, 4, SEEDS)
-    return compare(runners, over, 32 if quick else 64, progress, llm.forget, "answering prompts")
+    over = prompts(llm, 1, SEEDS, QUICK_GROUPS) if quick else prompts(llm, 3, SEEDS)
+    return compare(runners, over, 24 if quick else 48, progress, llm.forget, "answering prompts")
 
 
 def conclude(

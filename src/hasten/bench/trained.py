@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hasten.bench.report import Progress
 from hasten.errors import HastenError
 
 
-def train(recipe: str, model: str, seed: int, sizes: dict[str, int], out: Path, work: Path) -> dict[str, Any]:
+def train(recipe: str, model: str, seed: int, sizes: Mapping[str, int | str], out: Path, work: Path) -> dict[str, Any]:
     """Train one drafter and return the facts that the command prints; a drafter that is at `out` already is not retrained.
 
     `sizes`: the command's options (texts, answer, steps, tokens, vocab). `work` holds the texts, which recipes of one seed

@@ -16,13 +16,14 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="What to train: eagle, fspad, medusa, hidden-transfer, lud or aded.")],
+    recipe: Annotated[str, typer.Argument(help="What to train: eagle, fspad, medusa, hidden-transfer, lud, tvdpp, aded.")],
     model: Annotated[str, typer.Argument(help="The model it is for: catalog name, directory, hub id or file.")],
     texts: Annotated[int, typer.Option(help="Answers of the model to learn from.")] = 1600,
     answer: Annotated[int, typer.Option(help="Tokens of one answer at most.")] = 160,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 1200,
     tokens: Annotated[int, typer.Option(help="Tokens per step.")] = 2048,
     vocab: Annotated[int, typer.Option(help="Most frequent tokens that are drafted.")] = 8192,
+    loss: Annotated[str, typer.Option(help="Loss that aligns tvdpp: tvdpp, tvd, kld, mixed or none.")] = "tvdpp",
     seed: Annotated[int, typer.Option(help="Seed of prompts, answers and weights.")] = 0,
     out: Annotated[Path | None, typer.Option(help="File to write (default: where the method looks for it).")] = None,
     work: Annotated[Path | None, typer.Option(help="Folder for what lets a cut run go on (default: the cache).")] = None,
@@ -39,7 +40,14 @@ def train(
     if recipe not in RECIPES:
         raise unknown_name("recipe", recipe, RECIPES)
     sizes = Recipe(
-        texts=texts, answer=answer, vocab=vocab, steps=steps, tokens=tokens, held_out=max(1, texts // 25), seed=seed
+        texts=texts,
+        answer=answer,
+        vocab=vocab,
+        steps=steps,
+        tokens=tokens,
+        held_out=max(1, texts // 25),
+        seed=seed,
+        loss=loss,
     )
     llm = open_model(model, dtype=dtype, threads=threads)
     with progress_bar() as progress:
@@ -48,6 +56,9 @@ def train(
         typer.echo(as_json(facts))
         return
     typer.echo(f"{facts['path']}: {facts['bytes'] / 1e6:.1f} MB in {facts['seconds'] / 60:.0f} min")
+    if "acceptance" in facts:
+        share, before = facts["acceptance"], facts["pretrained_acceptance"]
+        typer.echo(f"sampled tokens accepted, on texts it has not seen: {share:.1%} (before aligning {before:.1%})")
     if "agreement_by_depth" in facts:
         ahead = ", ".join(f"{value:.0%}" for value in facts["agreement_by_depth"])
         typer.echo(f"best token as the model's, on texts it has not seen, 1 token ahead and more: {ahead}")

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from torch import Tensor
-
-from hasten.draft._assistant import open_assistant
-from hasten.engine.contracts import EMPTY_DRAFT, NO_NEEDS, Draft, Draws, Feedback, MethodContext, Needs, RowView
-from hasten.engine.sampling import choice_seed, draw, uniform
+from hasten.draft._assistant import Chain, open_assistant
+from hasten.engine.contracts import MethodContext
 from hasten.errors import out_of_range
 from hasten.models.assistant import Assistant
 from hasten.types import MethodCard
@@ -34,8 +29,6 @@ card = MethodCard(
     needs=("causal",),
 )
 
-_STREAM = 1 << 31  # seeds of the draft's draws, apart from those of acceptance and of plain sampling
-
 
 @dataclass(frozen=True, slots=True)
 class Config:
@@ -55,80 +48,15 @@ class Config:
             raise out_of_range("draft-model.temperature", self.temperature, "in [0, 2], or -1")
 
 
-class DraftModel:
+class DraftModel(Chain):
     """Chains from a draft model; with `sample` they carry the distributions they were drawn from."""
 
     name = "draft-model"
-    needs: Needs = NO_NEEDS
-    scope: Literal["row", "shared"] = "row"
 
     def __init__(self, config: Config, context: MethodContext, assistant: Assistant | None = None) -> None:
         self.config = config
-        self.draws: Draws = "swor" if config.sample else "point"
-        self.assistant = assistant or open_assistant("draft-model", config.model, config.cache_mb, context)
-
-    def max_nodes(self, budget: int) -> int:
-        """The configured length, or the budget if that is less."""
-        return min(self.config.nodes, budget)
-
-    def open(self, row: int, prompt: Sequence[int]) -> None:
-        """The draft model follows the row."""
-        self.assistant.open(row)
-
-    def close(self, row: int) -> None:
-        """The draft model forgets the row."""
-        self.assistant.close(row)
-
-    def observe(self, feedback: Sequence[Feedback]) -> None:
-        """Nothing to learn: the draft model reads the committed text before the next draft."""
-
-    def propose(self, rows: Sequence[RowView], budgets: Sequence[int]) -> Sequence[Draft]:
-        """One chain per row; all rows advance together, one pass of the draft model per token."""
-        lengths = [self.max_nodes(budget) for budget in budgets]
-        asked = [i for i, length in enumerate(lengths) if length]
-        chains: dict[int, tuple[list[int], list[float], dict[int, Tensor]]] = {}
-        if asked:
-            most = max(lengths)
-            for i, logits in zip(asked, self.assistant.begin([rows[i] for i in asked], most, most), strict=True):
-                if logits is not None:
-                    chains[i] = ([], [], {})
-                    self._next(chains[i], logits, rows[i])
-            for step in range(1, most if chains else 0):
-                growing = [i for i in chains if step < lengths[i]]
-                if not growing:
-                    break
-                asks = [(rows[i].id, [chains[i][0][-1]], [step - 2]) for i in growing]
-                for i, logits in zip(growing, self.assistant.grow(asks), strict=True):
-                    self._next(chains[i], logits[0], rows[i])
-        drafts = []
-        for i in range(len(rows)):
-            tokens, scores, q = chains.get(i, ([], [], {}))
-            parents = tuple(range(-1, len(tokens) - 1))
-            # scores would let the engine cut a chain by its own tokens, which biases rejection sampling
-            known = tuple(scores) if self.draws == "point" else None
-            drafts.append(Draft(tuple(tokens), parents, q or None, scores=known) if tokens else EMPTY_DRAFT)
-        return drafts
-
-    def _next(self, chain: tuple[list[int], list[float], dict[int, Tensor]], logits: Tensor, row: RowView) -> None:
-        """One more token of a chain, from logits [vocab]."""
-        tokens, scores, q = chain
-        temperature = row.temperature if self.config.temperature < 0 else self.config.temperature
-        if self.config.sample and row.temperature > 0 and temperature > 0:
-            share = (logits.float() / temperature).softmax(-1)
-            token = draw(share, uniform(choice_seed(row.seed, _STREAM), len(row.tokens) + len(tokens)))
-            q[len(tokens) - 1] = share
-        else:
-            share = logits.float().softmax(-1)
-            token = int(share.argmax())
-        tokens.append(token)
-        scores.append(min(1.0, float(share[token])))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Nothing is learnt."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Nothing to restore."""
+        assistant = assistant or open_assistant("draft-model", config.model, config.cache_mb, context)
+        super().__init__(assistant, config.nodes, config.sample, config.temperature)
 
 
 method = DraftModel

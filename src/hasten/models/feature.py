@@ -224,7 +224,7 @@ def read_layer(
         raise FormatError(
             f"{path} cannot be read ({error})", hint="give a file made by `hasten train`", field="weights"
         ) from None
-    if facts.get("hasten") not in ("feature-drafter", "medusa-heads", "placeholders"):
+    if facts.get("hasten") not in ("feature-drafter", "medusa-heads", "placeholders", "small-lm"):
         raise FormatError(f"{path} holds no draft layer", hint="give a file made by `hasten train`", field="weights")
     if facts.get("kind") != kind or facts["hasten"] != what:
         raise ConfigError(f"{path} holds a draft layer of kind {facts.get('kind')!r}, not {kind!r}", field="weights")

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from hasten.engine.masks import CAUSAL, mask
-from hasten.errors import HastenError, out_of_range
+from hasten.errors import out_of_range
 from hasten.models.linear import Linear
 from hasten.models.placeholders import finish
 from hasten.models.pseudo import Guesser
 from hasten.models.transformer import Block, Transformer
-from hasten.train import features
+from hasten.train import features, loop
 from hasten.train.self_text import Texts
 
 Item = tuple[Tensor, int, Tensor]  # ids [T], prompt length, anchors that may be sampled
@@ -225,30 +225,24 @@ def fit(
     The target's weights must not be packed. Raises HastenError naming the step when the loss is not finite, ConfigError
     when the checkpoint belongs to other settings.
     """
-    names, params = [name for name, _ in guesser.trained()], [p for _, p in guesser.trained()]
-    optimiser = torch.optim.AdamW(params, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.01)
-    start = 0
-    if checkpoint is not None and checkpoint.exists():
-        start = features._resume(checkpoint, names, params, optimiser, config)
-    for step in range(start, config.steps):
+    found: list[float] = []
+
+    def value(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         batch: list[Item] = []
         while sum(len(ids) for ids, _, _ in batch) < config.tokens:
             batch.append(data[int(torch.randint(len(data), (1,), generator=generator))])
-        for group in optimiser.param_groups:
-            group["lr"] = config.lr * features._schedule(step, config)
         with torch.autocast("cpu", torch.bfloat16):
-            value, agreement = loss(target, guesser, batch, sample(batch, config, generator), config)
-        if not bool(torch.isfinite(value)):
-            raise HastenError(f"the loss is not finite at step {step}", hint="lower train.lr")
-        optimiser.zero_grad()
-        value.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(params, config.clip)
-        optimiser.step()
-        if report is not None:
-            report(step + 1, float(value.detach()), agreement)
-        if checkpoint is not None and ((step + 1) % every == 0 or step + 1 == config.steps):
-            features._checkpoint(checkpoint, step + 1, names, params, optimiser, config)
+            total, found[:] = loss(target, guesser, batch, sample(batch, config, generator), config)
+        return total
+
+    loop.run(
+        guesser.trained(),
+        loop.Pace(config.steps, config.lr, config.warmup, config.clip),
+        value,
+        loop.Keep(checkpoint, every, str(asdict(config))),
+        None if report is None else lambda step, total: report(step, total, list(found)),
+    )
 
 
 def agreement(target: Transformer, guesser: Guesser, data: Sequence[Item]) -> list[float]:

@@ -10,14 +10,14 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hasten.engine.contracts import Needs, RowInput
-from hasten.errors import ConfigError, HastenError, out_of_range
+from hasten.errors import out_of_range
 from hasten.models.feature import FeatureModel
 from hasten.models.heads import MedusaHeads
 from hasten.models.transformer import Transformer
+from hasten.train import loop
 from hasten.train.self_text import Texts
 
 
@@ -175,14 +175,10 @@ def fit(
     A resumed run takes the same steps as one that was never cut. Raises HastenError naming the step when the loss is not
     finite, ConfigError when the checkpoint belongs to other settings.
     """
-    names = [name for name, _ in model.trained()]
-    params = [p for _, p in model.trained()]
-    optimiser = torch.optim.AdamW(params, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.01)
-    start = 0
-    if checkpoint is not None and checkpoint.exists():
-        start = _resume(checkpoint, names, params, optimiser, config)
     lengths = [len(ids) for ids, _, _ in data]
-    for step in range(start, config.steps):
+    agreement: list[float] = []
+
+    def value(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         batch, size = [], 0
         while size < config.tokens:
@@ -191,67 +187,14 @@ def fit(
             size += lengths[i]
         ids, states, weight = pad(batch)
         noise = (torch.rand(states.shape, generator=generator) - 0.5) * 2 * config.noise * states.std()
-        for group in optimiser.param_groups:
-            group["lr"] = config.lr * _schedule(step, config)
         with torch.autocast("cpu", torch.bfloat16):
-            value, agreement = loss(model, target, ids, states, weight, config, noise)
-        if not bool(torch.isfinite(value)):
-            raise HastenError(f"the loss is not finite at step {step}", hint="lower train.lr")
-        optimiser.zero_grad()
-        value.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(params, config.clip)
-        optimiser.step()
-        if report is not None:
-            report(step + 1, float(value.detach()), agreement)
-        if checkpoint is not None and ((step + 1) % every == 0 or step + 1 == config.steps):
-            _checkpoint(checkpoint, step + 1, names, params, optimiser, config)
+            total, agreement[:] = loss(model, target, ids, states, weight, config, noise)
+        return total
 
-
-def _schedule(step: int, config: Config) -> float:
-    """Linear warm-up, then a cosine to a twentieth."""
-    if step < config.warmup:
-        return (step + 1) / config.warmup
-    share = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * share))
-
-
-def _checkpoint(
-    path: Path,
-    step: int,
-    names: list[str],
-    params: list[torch.nn.Parameter],
-    optimiser: torch.optim.Optimizer,
-    config: Config,
-) -> None:
-    state = {"step": torch.tensor(step)}
-    for name, p in zip(names, params, strict=True):
-        moments = optimiser.state[p]
-        state |= {
-            f"weight.{name}": p.detach(),
-            f"first.{name}": moments["exp_avg"],
-            f"second.{name}": moments["exp_avg_sq"],
-        }
-    part = path.with_suffix(".part")
-    save_file(state, part, {"config": str(asdict(config))})
-    part.replace(path)
-
-
-def _resume(
-    path: Path, names: list[str], params: list[torch.nn.Parameter], optimiser: torch.optim.Optimizer, config: Config
-) -> int:
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        facts = (file.metadata() or {}).get("config")
-    if facts != str(asdict(config)):
-        raise ConfigError(
-            f"{path} was made with {facts}, not {asdict(config)}", hint="remove it to start anew", field="train"
-        )
-    state = load_file(path)
-    step = int(state["step"])
-    for name, p in zip(names, params, strict=True):
-        p.data.copy_(state[f"weight.{name}"])
-        optimiser.state[p] = {
-            "step": torch.tensor(float(step)), "exp_avg": state[f"first.{name}"], "exp_avg_sq": state[f"second.{name}"],
-        }  # fmt: skip
-    return step
+    loop.run(
+        model.trained(),
+        loop.Pace(config.steps, config.lr, config.warmup, config.clip),
+        value,
+        loop.Keep(checkpoint, every, str(asdict(config))),
+        None if report is None else lambda step, total: report(step, total, list(agreement)),
+    )

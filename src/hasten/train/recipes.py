@@ -18,9 +18,11 @@ from hasten.models.fetch import cache_dir
 from hasten.models.heads import MedusaHeads
 from hasten.models.native import as_transformer
 from hasten.models.pseudo import Guesser, TrainedInputs, TransferMaps
+from hasten.models.small import Shape, SmallLM
 from hasten.models.stack import DecoderStack
 from hasten.models.transformer import Transformer
 from hasten.train import ahead
+from hasten.train import align as aligning
 from hasten.train import features as training
 from hasten.train.self_text import Texts, prompts, write
 
@@ -33,6 +35,7 @@ RECIPES = {
     "medusa": "heads that guess the next tokens from the model's last state (Medusa)",
     "hidden-transfer": "maps of an inner state to those of the next tokens (hidden transfer)",
     "lud": "inputs and an adapter for tokens not known yet (lexical unit decoding)",
+    "tvdpp": "a small draft model, pretrained and then aligned with the model by an acceptance loss (TVD++)",
     "aded": "statistics of three tokens in a row over the model's own answers (ADED); seconds, once these are written",
 }
 Progress = Callable[[str, int, int], None]
@@ -44,6 +47,7 @@ class Recipe:
 
     `heads` is the number of Medusa's. `ahead` tokens are guessed by hidden transfer, from the layer at the share `entry` of
     the stack on, and by LUD, whose units hold while the model is sure by `alpha`.
+    TVD++ takes half of the steps to pretrain and half to align by `loss` ("none": it is left as pretrained).
     """
 
     texts: int = 1600
@@ -57,6 +61,7 @@ class Recipe:
     entry: float = 0.5
     alpha: float = 0.9
     seed: int = 0
+    loss: str = "tvdpp"
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -76,6 +81,8 @@ class Recipe:
         ahead.check_alpha(self.alpha)
         if self.held_out >= self.texts:
             raise out_of_range("train.held_out", self.held_out, f"below texts = {self.texts}")
+        if self.loss != "none":
+            aligning.named(self.loss)
 
 
 def train(
@@ -111,6 +118,9 @@ def train(
     if slug == "aded":
         return {**count(llm, recipe, learnt, out), "seconds": round(time.perf_counter() - started, 1)}
     target = cast(Transformer, as_transformer(llm.model))
+    if slug == "tvdpp":
+        facts = aligned(llm, target, recipe, learnt, held, out, work, show)
+        return {**facts, "seconds": round(time.perf_counter() - started, 1)}
     kept = training.frequent(learnt, recipe.vocab, target.config.vocab_size)
     if slug in ("hidden-transfer", "lud"):
         facts = {"recipe": slug, "target": llm.name, "texts": len(learnt), "tokens": len(learnt.ids), "seed": recipe.seed}
@@ -205,6 +215,68 @@ def count(llm: LLM, recipe: Recipe, texts: Texts, out: Path) -> dict[str, Any]:
     table.save(out, fingerprint(llm.tokenizer, vocab))
     facts = {"recipe": "aded", "target": llm.name, "texts": len(texts), "tokens": len(texts.ids), "seed": recipe.seed}
     return {**facts, "pairs": len(table), "path": str(out), "bytes": out.stat().st_size}
+
+
+def aligned(
+    llm: LLM, target: Transformer, recipe: Recipe, learnt: Texts, held: Texts, out: Path, work: Path, show: Progress
+) -> dict[str, Any]:
+    """Pretrain a small draft model for `target`, align it, and write it to `out`; facts about it.
+
+    One half of the held-out texts chooses the checkpoint, the other half measures it.
+    """
+    show("reading sources", 0, 1)
+    text = aligning.corpus(llm.encode)
+    kept = aligning.vocabulary(learnt, text, recipe.vocab, target.config.vocab_size)
+    shape = Shape(hidden=min(Shape().hidden, target.config.hidden))
+    model = SmallLM(target, kept, shape, torch.float32).reset(recipe.seed)
+    half = max(1, recipe.steps // 2)
+    config = aligning.Config(half, half, recipe.tokens, seed=recipe.seed)
+    sources = (learnt.ids, text)
+    aligning.pretrain(
+        model, sources, config, work / f"tvdpp-pretrain-{recipe.seed}.checkpoint",
+        lambda step, value: show("pretraining", step, config.pretrain),
+    )  # fmt: skip
+    choose, test = held.split(max(1, len(held) // 2)) if len(held) > 1 else (held, held)
+    choosing, testing = ([one for batch in aligning.read(target, part) for one in batch] for part in (choose, test))
+    teacher = aligning.Teacher(model, target)
+    before = aligning.measure(model, teacher, testing)
+    chosen = before
+    if recipe.loss != "none":
+        answers = _read(target, learnt, work / f"tvdpp-states-{len(learnt)}.safetensors", show)
+        chosen = aligning.align(
+            model, target, answers, choosing, sources, config, aligning.named(recipe.loss),
+            work / f"tvdpp-{recipe.loss}-{recipe.seed}.checkpoint",
+            lambda step, value, best: show("aligning", step, config.align),
+        )  # fmt: skip
+    facts = {
+        "recipe": "tvdpp",
+        "loss": recipe.loss,
+        "target": llm.name,
+        "texts": len(learnt),
+        "tokens": len(learnt.ids) + len(text),
+        "steps": [config.pretrain, config.align if recipe.loss != "none" else 0],
+        "seed": recipe.seed,
+        "draft_vocabulary": len(kept),
+        "vocabulary_covers": round(float(torch.isin(held.ids.long(), kept).float().mean()), 4),
+        "parameters": sum(p.numel() for _, p in model.trained()),
+        "pretrained_acceptance": round(before, 4),
+        "chosen_at_acceptance": round(chosen, 4),
+        "acceptance": round(aligning.measure(model, teacher, testing), 4),
+        "agreement_by_depth": [round(aligning.measure_best(model, teacher, testing), 4)],
+    }
+    model.save(out, identity(target, llm.name), dict(facts))
+    return {**facts, "path": str(out), "bytes": out.stat().st_size}
+
+
+def _read(target: Transformer, texts: Texts, path: Path, show: Progress) -> list[aligning.Answer]:
+    """The target's states at the answers learnt from, kept in `path`."""
+    if not path.exists():
+        answers: list[aligning.Answer] = []
+        for batch in aligning.read(target, texts, fast=True):
+            answers += batch
+            show("reading texts", len(answers), len(texts))
+        aligning.save_answers(path, answers)
+    return aligning.load_answers(path)
 
 
 def self_text(llm: LLM, recipe: Recipe, work: Path, show: Progress) -> Texts:

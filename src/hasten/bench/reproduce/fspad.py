@@ -27,7 +27,7 @@ claim_checked = (
 )
 
 SIZES = {"texts": 320, "answer": 96, "steps": 240, "tokens": 1024, "vocab": 8192}  # a pair in about ten minutes
-NODES = 16  # of a draft that is verified whole
+NODES = 8  # of a draft that is verified whole
 
 
 def by_seed(runners: Mapping[int, Runner]) -> Runner:
