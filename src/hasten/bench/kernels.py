@@ -198,8 +198,10 @@ def measure(
     import hasten
 
     started = time.perf_counter()
-    modes = {f"hasten {mode}": hasten.load(model, activations=mode, **how) for mode in library.ACTIVATIONS}
-    stacks = {name: stack_of(llm) for name, llm in modes.items()}
+    modes, stacks = {}, {}
+    for mode in library.ACTIVATIONS:
+        modes[f"hasten {mode}"] = hasten.load(model, activations=mode, **how)
+        stacks[f"hasten {mode}"] = stack_of(modes[f"hasten {mode}"])
     llm = modes["hasten exact"]
     bandwidth = read_bandwidth()
     result: dict[str, Any] = {

@@ -341,10 +341,7 @@ class AutoregressiveLoop:
         return max(0, min(drafter.max_nodes(turn.row.budget), turn.row.budget, room, LIMITS.draft_nodes))
 
     def _judge(self, turn: _Turn, logits: Tensor, done: Pass, first: int) -> tuple[tuple[int, ...], int] | None:
-        """Verify, commit and compact one ready row; (accepted path, following token) for its drafter, None if failed.
-
-        `logits` are rows `first`.. of the pass.
-        """
+        """Judge and commit one ready row, whose `logits` are rows `first`.. of the pass; (path, following token)."""
         row, base = turn.row, turn.row.cache.length
         if done.best is not None:
             best = done.best[first : first + len(logits)]

@@ -291,10 +291,7 @@ class Budget:
         return [min(chosen, one) for one in caps]
 
     def looks(self, drafter: Drafter, rows: int, extra: int) -> bool:
-        """Whether placeholders that take as long as `extra` more tokens in each pass promise more than they cost.
-
-        Plain passes are measured first: without them there would be nothing to compare with.
-        """
+        """Whether placeholders that take as long as `extra` more tokens a pass promise more than they cost."""
         book, plain = self.book(drafter), self.cost.table(rows).get(rows)
         if plain is None:
             return False

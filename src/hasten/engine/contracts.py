@@ -211,8 +211,7 @@ class Pass:
         """(ids, logits) [n, k] of the k best of every row of `logits` [n, vocab]."""
         if self.top is not None:
             return self.top(logits, k)
-        values, ids = logits.topk(k)
-        return ids, values
+        return logits.topk(k)[::-1]
 
     def row_logits(self, row: int) -> Tensor:
         """Logits [wanted of this row, vocab]."""

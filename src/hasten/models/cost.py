@@ -30,21 +30,22 @@ _LEAST, _MOST = 2, 5  # passes of one size
 
 @dataclass(frozen=True, slots=True)
 class PassTimes:
-    """Seconds of a pass: `times[context][tokens]`, for one row; R rows of one token each cost what R tokens do."""
+    """Seconds of a pass: `times[context][tokens]`, for one row. R rows of one token each cost what R tokens of one row do:
+    every query goes through the keys it sees by itself."""
 
     times: dict[int, dict[int, float]]
 
-    def __call__(self, tokens: int, context: int, rows: int = 1) -> float:
-        """Estimated seconds of a pass over `tokens` query tokens in all with `context` tokens behind each row.
+    def __call__(self, tokens: int, context: int) -> float:
+        """Estimated seconds of a pass over `tokens` query tokens in all, of any number of rows with `context` tokens each.
 
-        Linear between measured sizes and contexts, and beyond them. `rows` share the tokens; each reads its own context.
+        Linear between measured sizes and contexts, and beyond them.
         """
         contexts = sorted(self.times)
         at = [_line(self.times[one], tokens) for one in contexts]
         if len(contexts) == 1:
             return at[0]
         slope = (at[-1] - at[0]) / (contexts[-1] - contexts[0])
-        return max(1e-9, at[0] + slope * (context - contexts[0]) * max(1.0, rows / max(1, tokens)))
+        return max(1e-9, at[0] + slope * (context - contexts[0]))
 
     def table(self, context: int) -> dict[int, float]:
         """Query tokens -> seconds at this context, for every measured size."""
@@ -107,15 +108,16 @@ def profile(model: NativeStack, name: str) -> PassTimes:
     """The profile of this model on this machine: read, or measured and written. A file that cannot be read is made anew."""
     place = cache_dir() / "profiles" / f"{identity(model, name)}.json"
     key = _key(model)
+    known: dict[str, object] = {}
     try:
         stored = json.loads(place.read_text(encoding="utf-8"))
-        times = {int(c): {int(t): float(s) for t, s in table.items()} for c, table in stored[key].items()}
+        known = stored if isinstance(stored, dict) else {}
+        times = {int(c): {int(t): float(s) for t, s in table.items()} for c, table in known[key].items()}  # type: ignore[attr-defined]
         if times and all(table and min(table.values()) > 0 for table in times.values()):
             return PassTimes(times)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        stored = {}
+        pass  # not there, damaged, or of another machine: measured below
     done = measure(model)
-    known = stored if isinstance(stored, dict) else {}
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         part = place.with_suffix(".part")
