@@ -10,6 +10,7 @@ method per file. Everything is imported on first use; `import hasten` itself sta
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from hasten.errors import HastenError
@@ -17,6 +18,10 @@ from hasten.types import Event, MethodCard, Output, Request, SamplingParams, Usa
 
 if TYPE_CHECKING:
     from hasten.llm import LLM, Score, load
+
+# torch's threads (GNU OpenMP) otherwise spin for milliseconds after each operation and take a core from the native stack's.
+# Read when torch is loaded: without effect where it was loaded before hasten, and never overriding what is set already.
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 __version__ = "0.1.0"
 __all__ = [

@@ -428,11 +428,11 @@ class AutoregressiveLoop:
         base = len(turn.row.tokens) - len(path) - (1 if following >= 0 else 0)
         root = turn.row.tokens[base - 1]
         tokens = tuple(root if node == 0 else turn.draft.tokens[node - 1] for node in nodes)
-        pick = list(nodes)
+        picked = logits if len(nodes) == len(logits) else logits[list(nodes)]
         first = done.spans[index][0] + turn.count - 1
         inside = [first + node for node in nodes]
         tip, pseudo = turn.count + (path[-1] if path else -1), done.pseudo[index] if done.pseudo else None
-        ids, values = done.topk(logits[pick], needs.topk) if needs.topk else (None, None)
+        ids, values = done.topk(picked, needs.topk) if needs.topk else (None, None)
         return Feedback(
             row=turn.row.id,
             nodes=nodes,
@@ -443,7 +443,7 @@ class AutoregressiveLoop:
             final=done.final_hidden[inside] if needs.final_hidden and done.final_hidden is not None else None,
             topk=ids,
             topk_logits=values,
-            logits=logits[pick] if needs.logits else None,
+            logits=picked if needs.logits else None,
             pseudo=pseudo[turn.anchors.index(tip)] if pseudo is not None and tip in turn.anchors else None,
         )
 

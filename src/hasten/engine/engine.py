@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import count
 
@@ -167,10 +168,10 @@ class Engine:
     def step(self) -> list[Event]:
         """Admit what fits, advance every running row by one pass, and return the events of this step."""
         self.trace.step += 1
-        for _ in self.scheduler.admit():
-            pass
+        list(self.scheduler.admit())
         if self.scheduler.running:
-            self._loop.step(self.scheduler.running)
+            with getattr(self.backbone, "alone", nullcontext)():  # a backbone with threads of its own
+                self._loop.step(self.scheduler.running)
             for row in [row for row in self.scheduler.running if row.reason is not None]:
                 self._retire(row)
         events = self.trace.take()

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any, cast
@@ -170,6 +171,16 @@ class NativeStack(DecoderStack):
 
     # --- passes ---
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps torch's threads out of the way of the native ones: they would spin after each of torch's operators."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
     def serves(self, rows: Sequence[RowInput], needs: Needs) -> bool:
         """Everything, through the torch stack where the native one does not; not placeholder positions."""
         if self._native(rows, needs):
@@ -190,7 +201,12 @@ class NativeStack(DecoderStack):
                 raise UnsupportedError(
                     f"hooks need a float32 cache, this one is {self.cache_type}", hint="load with cache='float32'"
                 )
-            return self.oracle.run(rows, needs)
+            before = torch.get_num_threads()  # one, where the engine called under `alone`
+            torch.set_num_threads(max(before, native().hasten_threads()))
+            try:
+                return self.oracle.run(rows, needs)
+            finally:
+                torch.set_num_threads(before)
         if any(row.queries == 0 for row in rows):
             raise out_of_range("queries", 0, "at least 1 per row")
         c = self.config
