@@ -23,6 +23,7 @@ Prompt = str | Sequence[int]
 Message = Mapping[str, object]
 AUTO: tuple[str, ...] = ("prompt-lookup", "token-recycling")  # what "auto" drafts with: exact, untrained, any causal model
 TRAINED = ("aded", "fspad")  # and with those of these that were made for the model
+# On the native stack only the first of each: beside its short passes the others take longer than they save (bench/spec.py).
 _SAMPLING = tuple(f.name for f in fields(SamplingParams))
 
 
@@ -201,8 +202,9 @@ class LLM:
 
         if not isinstance(self.model, DecoderStack):
             return AUTO
-        names = list(AUTO)
-        for slug in TRAINED:
+        native = self.model.name == "native"
+        names = list(AUTO[:1] if native else AUTO)
+        for slug in TRAINED[:1] if native else TRAINED:
             with suppress(ConfigError):  # none was made for this model
                 weights_path(slug, self.model, self.name)
                 names.append(slug)
