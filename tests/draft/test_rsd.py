@@ -65,6 +65,7 @@ def test_one_child_per_node_is_speculative_sampling(shape):
     assert abs(accepted / runs - chance) < 3.3 * (chance * (1 - chance) / runs) ** 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nodes", [6])
 def test_more_tokens_per_pass_than_independent_draws_with_as_many_nodes(nodes):
     """A draft model close to its target, a hundred prompts sampled at temperature 1 (2402.14160: at equal budget)."""
