@@ -48,8 +48,8 @@ class Config:
     align: int = 600
     tokens: int = 2048
     length: int = 256
-    lr: float = 2e-3
-    align_lr: float = 1e-3
+    lr: float = 4e-3
+    align_lr: float = 2e-3
     warmup: int = 40
     share: float = 0.9
     measure: int = 50

@@ -23,7 +23,8 @@ claim_checked = (
     "the measured budget."
 )
 
-SIZES = {"texts": 320, "answer": 96, "steps": 480, "tokens": 1024, "vocab": 8192}  # four drafters of a seed: half an hour
+# of each drafter; those of a seed share texts and pretraining
+SIZES = {"texts": 320, "answer": 96, "steps": 480, "tokens": 1024, "vocab": 8192}
 NODES = 3
 LOSSES = {"tvdpp": "TVD++", "none": "pretrained", "kld": "KL divergence", "tvd": "TVD"}
 
