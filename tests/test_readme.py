@@ -19,7 +19,7 @@ PAGES = [
     *sorted((ROOT / "docs" / "methods").glob("*.md")),
 ]
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-MARK = re.compile(r"<!-- no-run: (.+?) -->\s*\Z", re.DOTALL)
+MARK = re.compile(r"<!-- no-run: ((?:(?!-->).)+?) -->\s*\Z", re.DOTALL)
 RUN = ("bash", "console", "python")
 
 
