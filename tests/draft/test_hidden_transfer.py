@@ -144,7 +144,7 @@ def test_maps_learn_from_a_targets_texts_and_beat_heads_on_its_last_state(tmp_pa
     learnt, held = told.split(8)
     made = TransferMaps(target, torch.arange(tiny.VOCAB), (1, 1, 1))
     config = ahead.Config(steps=60, tokens=300, lr=3e-3, warmup=5, share=0.5)
-    data, last = (ahead.items(part, target, made, config, False) for part in (learnt, held))
+    data, last = (ahead.Marked(part, target, made, config, False) for part in (learnt, held))
     before = ahead.agreement(target, made, last)
     ahead.fit(made, target, data, config)
     after = ahead.agreement(target, made, last)

@@ -250,9 +250,9 @@ def test_trained_it_saves_passes_at_little_loss(tmp_path):
     learnt, held = told.split(8)
     whole = TrainedInputs(target, torch.arange(tiny.VOCAB), 3, 4, 8).reset(target)
     config = ahead.Config(steps=120, tokens=300, lr=5e-3, warmup=5, share=1.0, outside=0.5)
-    data = ahead.items(learnt, target, whole, config, True)
+    data = ahead.Marked(learnt, target, whole, config, True)
     assert any(int(unit.max()) == 4 for _, _, unit in data)
-    last = ahead.items(held, target, whole, config, False)
+    last = ahead.Marked(held, target, whole, config, False)
     before = ahead.agreement(target, whole, last)
     ahead.fit(whole, target, data, config)
     assert ahead.agreement(target, whole, last)[0] > before[0] + 0.5
@@ -281,7 +281,7 @@ def test_a_cut_training_goes_on_as_if_it_had_not_been(tmp_path):
             raise Stop
 
     whole, again = fresh(), fresh()
-    data = ahead.items(told, target, whole, config, True)
+    data = ahead.Marked(told, target, whole, config, True)
     ahead.fit(whole, target, data, config)
     with pytest.raises(Stop):
         ahead.fit(fresh(), target, data, config, checkpoint=tmp_path / "c", every=3, report=stop)

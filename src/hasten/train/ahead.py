@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -173,16 +173,30 @@ def loss(
     return total / weight.clamp(min=1e-6), (hits / tries.clamp(min=1)).tolist()
 
 
-def items(texts: Texts, target: Transformer, guesser: Guesser, config: Config, marked: bool) -> list[Item]:
-    """Texts with the lengths of the unit that starts at each token; all endless where units are not `marked`."""
-    out = []
-    for ids, prompt in texts.each():
-        if len(ids) < prompt + 3:
-            continue
-        sure = confidences(target, ids) if marked else torch.ones(0)
-        endless = torch.full((len(ids),), guesser.count + 1)
-        out.append((ids, prompt, units(sure, config.alpha, guesser.count + 1) if marked else endless))
-    return out
+class Marked(Sequence[Item]):
+    """Texts with the lengths of the unit that starts at each token, marked when first asked for.
+
+    Where units are not `marked`, they are endless. Texts with next to no answer are left out.
+    """
+
+    def __init__(self, texts: Texts, target: Transformer, guesser: Guesser, config: Config, marked: bool) -> None:
+        self._texts = [(ids, prompt) for ids, prompt in texts.each() if len(ids) >= prompt + 3]
+        self._target, self._most, self._alpha, self._marked = target, guesser.count + 1, config.alpha, marked
+        self._done: dict[int, Item] = {}
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if index not in self._done:
+            ids, prompt = self._texts[index]
+            unit = torch.full((len(ids),), self._most)
+            if self._marked:
+                unit = units(confidences(self._target, ids), self._alpha, self._most)
+            self._done[index] = (ids, prompt, unit)
+        return self._done[index]
 
 
 def sample(batch: Sequence[Item], config: Config, generator: torch.Generator) -> list[Tensor]:

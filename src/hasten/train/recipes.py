@@ -182,9 +182,8 @@ def guess_ahead(
         fresh = TrainedInputs(target, kept, recipe.ahead, 8, 16, torch.float32)
         guesser = fresh.reset(target, recipe.seed)
         config = ahead.Config(lr=2e-3, share=0.25, outside=0.5, alpha=recipe.alpha, seed=recipe.seed, **_shorter(recipe))
-    show("marking units" if slug == "lud" else "reading texts", 0, 1)
-    data = ahead.items(learnt, target, guesser, config, marked=slug == "lud")
-    last = ahead.items(held, target, guesser, config, marked=False)
+    data = ahead.Marked(learnt, target, guesser, config, marked=slug == "lud")
+    last = ahead.Marked(held, target, guesser, config, marked=False)
     before = ahead.agreement(target, guesser, last[:20])
     show("training", 0, config.steps)
     with ahead.trainable(target):
