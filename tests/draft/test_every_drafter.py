@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import ahead
 import numpy as np
 import pytest
 import tiny
@@ -19,7 +20,7 @@ from drafters import RandomTree, Stub
 from feature_layers import context, saved
 
 from hasten import registry
-from hasten.draft import aded, draft_model, eagle, fspad, medusa, rsd
+from hasten.draft import aded, draft_model, eagle, fspad, hidden_transfer, lud, medusa, rsd, tvdpp
 from hasten.draft._trigrams import Trigrams
 from hasten.engine.contracts import Draft, RowView
 from hasten.engine.engine import PLAIN, Engine, Parts
@@ -27,6 +28,7 @@ from hasten.errors import ConfigError
 from hasten.models.assistant import Assistant
 from hasten.models.feature import identity
 from hasten.models.heads import MedusaHeads
+from hasten.models.small import Shape, SmallLM
 from hasten.types import Request, SamplingParams
 
 PROMPTS = 210
@@ -50,6 +52,24 @@ def _medusa(engine: Engine, folder: Path) -> Any:
     return medusa.Medusa(medusa.Config(str(path), floor=0.0), context(engine))
 
 
+def _hidden_transfer(engine: Engine, folder: Path) -> Any:
+    path = ahead.stored(folder, ahead.maps(engine.backbone), engine.backbone)
+    return hidden_transfer.HiddenTransfer(hidden_transfer.Config(path, floor=0.0), context(engine))
+
+
+def _lud(engine: Engine, folder: Path) -> Any:
+    path = ahead.stored(folder, ahead.inputs(engine.backbone), engine.backbone)
+    return lud.Lud(lud.Config(path, beta=0.0), context(engine))
+
+
+def _tvdpp(engine: Engine, folder: Path) -> Any:
+    small = SmallLM(engine.backbone, torch.arange(tiny.VOCAB), Shape(hidden=32, layers=2, ffn=40, window=16)).reset(0)
+    small.back.data *= 8  # sharp enough that it is sometimes right and sometimes wrong
+    path = folder / "tvdpp.safetensors"
+    small.save(path, identity(engine.backbone, ""), {})
+    return tvdpp.Tvdpp(tvdpp.Config(str(path), sample=False, floor=0.0), context(engine))
+
+
 def _small(seed: int = 1) -> Assistant:
     return Assistant(tiny.model(seed=seed), tiny.VOCAB)
 
@@ -62,6 +82,9 @@ MAKERS: dict[str, Callable[[Engine, Path], Any]] = {
     "eagle": lambda e, f: eagle.Eagle(eagle.Config(str(saved(f, "eagle", e.backbone)), floor=0.0), context(e)),
     "fspad": lambda e, f: fspad.Fspad(fspad.Config(str(saved(f, "fspad", e.backbone)), floor=0.0), context(e)),
     "medusa": _medusa,
+    "hidden-transfer": _hidden_transfer,
+    "lud": _lud,
+    "tvdpp": _tvdpp,
     "rsd": lambda e, _: rsd.Rsd(rsd.Config(width=2, length=2), context(e), _small()),
 }
 SLUGS = [slug for slug, module in registry.modules().items() if module.startswith("hasten.draft.")]
