@@ -205,7 +205,7 @@ def measure(
     llm = modes["hasten exact"]
     bandwidth = read_bandwidth()
     result: dict[str, Any] = {
-        "model": llm.name,
+        "model": Path(llm.source).name,
         "layouts": sorted({one.layout for one in stacks["hasten exact"].weights.matrices.values()}),
         "weight_mb": round(weight_bytes(stacks["hasten exact"]) / 1e6, 1),
         "isa": library.level(),
