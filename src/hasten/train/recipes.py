@@ -184,7 +184,7 @@ def guess_ahead(
         config = ahead.Config(lr=2e-3, share=0.25, outside=0.5, alpha=recipe.alpha, seed=recipe.seed, **_shorter(recipe))
     data = ahead.Marked(learnt, target, guesser, config, marked=slug == "lud")
     last = ahead.Marked(held, target, guesser, config, marked=False)
-    before = ahead.agreement(target, guesser, last[:20])
+    before = ahead.agreement(target, guesser, last)
     show("training", 0, config.steps)
     with ahead.trainable(target):
         ahead.fit(
