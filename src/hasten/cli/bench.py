@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,7 +46,7 @@ def bench(
     with progress_bar() as progress:
         result = measure(model, rounds=rounds, tokens=tokens, peers=wanted, progress=progress, threads=threads)
     if out is not None:
-        out.write_text(as_json(result) + "\n", encoding="utf-8")
+        out.write_text(dumps(result, indent=1) + "\n", encoding="utf-8")
     if json:
         typer.echo(as_json(result))
         return
