@@ -52,7 +52,8 @@ def policy(model: Backbone, *names: str) -> Policy:
     joined = Policy()
     for name in names:
         joined = joined.join(registry.build(name, context).policy)
-    return joined.over(registry.build("reference", context).policy).check(model.capabilities)
+    base = registry.build("reference", context)
+    return joined.over(base.policy).over(base.rest).check(model.capabilities)
 
 
 def run(

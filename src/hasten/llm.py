@@ -269,7 +269,8 @@ class LLM:
                     f"method {registry.parse(name)[0]!r} has no part in filling a canvas", field="method"
                 )
             joined = joined.join(part.policy)
-        return joined.over(registry.build("reference", context).policy).check(context.capabilities)
+        base = registry.build("reference", context)
+        return joined.over(base.policy).over(base.rest).check(context.capabilities)
 
     def _expect_costs(self) -> None:
         """Tell the engine what passes cost here, from this machine's profile (measured at first use, in under a second)."""

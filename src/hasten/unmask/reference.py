@@ -227,7 +227,7 @@ class BlockCache(_Part):
 
 
 class Reference:
-    """Blocks, quotas, scores, stepper and cache of the reference sampler."""
+    """Blocks, quotas and scores of the reference sampler: `policy`; `rest` is what every canvas has besides."""
 
     name = "reference"
 
@@ -239,9 +239,8 @@ class Reference:
             schedule=EvenSteps(config.steps, block),
             scorer=Confidence(config.score),
             selectors=(Quota(),),
-            stepper=PlainStepper(),
-            cache=NoCache() if capabilities.block is None else BlockCache(),
         )
+        self.rest = Policy(stepper=PlainStepper(), cache=NoCache() if capabilities.block is None else BlockCache())
 
 
 method = Reference
