@@ -57,6 +57,8 @@ class Capabilities:
     mask_id: int | None = None
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    eot_id: int | None = None
+    block: int | None = None
 
     def has(self, need: str) -> bool:
         """Whether the named need is met: a model kind, a flag, a visibility, or `mask_id`."""
