@@ -91,7 +91,7 @@ def test_the_native_stack_gives_the_same(name, tmp_path):
 @native_only
 @pytest.mark.parametrize("name", sorted(diffusion.ON_TORCH))
 def test_what_the_native_stack_lacks_runs_on_torch_and_says_so(name, tmp_path):
-    done, config, weights = loaded(name, tmp_path)
+    done, *_ = loaded(name, tmp_path)
     assert done.model.name == "torch"
     assert done.model.run([RowInput(ids(5), torch.arange(5))]).backbone == "torch"
     for how in ({"backbone": "native"}, {"activations": "int8"}, {"weights": "int4"}):
@@ -110,7 +110,7 @@ def test_what_a_model_offers_is_declared(tmp_path):
         assert (c.logit_shift, c.block, c.eot_id) == expected[name]
         assert c.cache_exact == ({"block_causal"} if c.block else frozenset())
         assert {"full", "block_causal"} <= c.visibilities
-        assert c.has("masked") and c.has("mask_id") and not c.has("causal")
+        assert [c.has(need) for need in ("masked", "mask_id", "causal")] == [True, True, False]
         with pytest.raises(IncompatibleError):
             Engine(done.model, cache_bytes=1_000_000)
     assert done.config.max_len == 128

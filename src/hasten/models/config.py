@@ -3,7 +3,7 @@
 `models/families.py` makes a `ModelConfig` from a released `config.json`, `models/gguf.py` from GGUF metadata;
 `models/transformer.py` builds the stack. Parameter names of the stack (shapes in brackets), layer i:
 
-    embed.weight [vocab, hidden]              norm.weight [hidden]         head.weight [vocab, hidden] (none if tied; + .bias)
+    embed.weight [vocab, hidden]              norm.weight [hidden]      head.weight [vocab, hidden] (+ .bias; none if tied)
     layers.i.attn_norm.weight [hidden]        layers.i.post_attn_norm.weight [hidden]   (sandwich norms only)
     layers.i.qkv.weight [(heads + 2 kv_heads) * head_dim, hidden]   (+ .bias)   rows: all q heads, then k, then v
     layers.i.q_norm.weight, k_norm.weight [head_dim]                            (qk_norm only)

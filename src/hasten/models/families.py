@@ -31,9 +31,8 @@ def config_from_hf(config: Mapping[str, Any], tokenizer: Tokenizer | None = None
     nested = config.get("text_config")
     kind = config.get("model_type")
     if isinstance(nested, Mapping) and kind in ("gemma3", "mistral3"):
-        return config_from_hf(
-            {"model_type": f"{kind}_text", "eos_token_id": config.get("eos_token_id"), **nested}, tokenizer
-        )
+        part = {"model_type": f"{kind}_text", "eos_token_id": config.get("eos_token_id"), **nested}
+        return config_from_hf(part, tokenizer)
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UnsupportedError(
             f"model_type {kind!r:.60} is not implemented here; known: {', '.join(FAMILIES)}",

@@ -45,13 +45,14 @@ MASKED = {
 def facts(kind: str, f: Fields, vocab: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """The fields of ModelConfig that only masked models have.
 
-    The mask token is the config's `mask_token_id`, else the tokenizer's, else the released one. The token that ends a turn is
-    the tokenizer's, without a tokenizer the released one where the vocabulary has it.
+    The mask token is the config's `mask_token_id`, else the tokenizer's, else the released one. The token that ends a turn
+    is the tokenizer's; without a tokenizer the released one, where the vocabulary has it.
     """
     released = MASKED[kind]
     mask = f.one_id("mask_token_id")
     if mask is None and tokenizer is not None:
         mask = tokenizer.mask_id
+    mask = released.mask if mask is None else mask
     if tokenizer is not None:
         eot = tokenizer.special_id(released.turn_end)
     else:
@@ -59,8 +60,8 @@ def facts(kind: str, f: Fields, vocab: int, tokenizer: Tokenizer | None) -> dict
     block = None if released.block is None else f.integer("block_size", released.block)
     return {
         "kind": "masked",
-        "mask_id": released.mask if mask is None else mask,
-        "eot_id": eot if eot is not None and eot < vocab else None,
+        "mask_id": mask,
+        "eot_id": eot if eot is not None and eot < vocab and eot != mask else None,
         "logit_shift": released.shift,
         "block": block,
     }

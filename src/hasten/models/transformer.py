@@ -117,7 +117,8 @@ class Block(nn.Module):
             self.gate_up = Linear(c.hidden, 2 * c.ffn, c.ffn_bias, dtype)
             self.down = Linear(c.ffn, c.hidden, c.ffn_bias, dtype)
         sizes = (c.head_dim, c.head_dim) if c.qk_norm else (heads_dim, kv_dim) if c.qk_norm_whole else None
-        self.q_norm, self.k_norm = (Norm(size, c.norm_eps, dtype) for size in sizes) if sizes else (None, None)
+        self.q_norm = Norm(sizes[0], c.norm_eps, dtype) if sizes else None
+        self.k_norm = Norm(sizes[1], c.norm_eps, dtype) if sizes else None
         self.post_attn_norm = Norm(c.hidden, c.norm_eps, dtype) if c.sandwich_norms else None
         self.post_ffn_norm = Norm(c.hidden, c.norm_eps, dtype) if c.sandwich_norms else None
 
@@ -358,7 +359,7 @@ class Transformer(nn.Module, DecoderStack):
         return self._embed(ids)
 
     def logits(self, final_hidden: Tensor) -> Tensor:
-        """float32 logits [..., vocab] of hidden states after the final norm, scaled and soft-capped where the model says so."""
+        """float32 logits [..., vocab] of hidden states after the final norm, scaled and soft-capped as the model does."""
         logits = cast(Tensor, self.head(final_hidden)).float()
         cap, scale = self.config.logit_softcap, self.config.logit_scale
         logits = logits if scale == 1.0 else logits * scale
