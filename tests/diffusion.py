@@ -56,7 +56,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llada": LLADA,
     "llada-grouped-query": {**LLADA, "n_kv_heads": 2, "include_qkv_bias": True},
     "llada-nulls": {**LLADA, "n_kv_heads": None, "mlp_hidden_size": None, "mlp_ratio": 2, "embedding_size": None},
-    "llada-scaled": {**LLADA, "scale_logits": True, "input_emb_norm": True, "embedding_size": 320},
+    "llada-scaled": {**LLADA, "mlp_ratio": 2.6875, "scale_logits": True, "input_emb_norm": True, "embedding_size": 320},
     "llada-tied-groups": {**LLADA, "weight_tying": True, "block_group_size": 2, "scale_logits": True},
     "llada-normed": {**LLADA, "attention_layer_norm": True, "n_kv_heads": 2},
     "llada-biased": {**LLADA, "include_bias": True, "scale_logits": True, "embedding_size": 320},

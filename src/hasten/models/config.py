@@ -243,3 +243,12 @@ class ModelConfig:
     def kv_bytes(self, tokens: int, itemsize: int) -> int:
         """Bytes of key/value cache for `tokens` positions at `itemsize` bytes per number."""
         return 2 * len(self.layers) * self.kv_heads * self.head_dim * tokens * itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedConfig:
+    """What is known of an adapted model: its released `family`, number of `parameters`, and `vocab_size`."""
+
+    family: str
+    parameters: int
+    vocab_size: int

@@ -29,7 +29,7 @@ from hasten.kernels.library import ACTIVATIONS, KV_TYPES, available, missing
 from hasten.kernels.weights import KINDS
 from hasten.models import catalog
 from hasten.models.checkpoint import Checkpoint, checkpoint_files
-from hasten.models.config import ModelConfig
+from hasten.models.config import AdaptedConfig, ModelConfig
 from hasten.models.families import config_from_hf, state_from_hf
 from hasten.models.gguf import open_gguf
 from hasten.models.memory import available_bytes
@@ -38,7 +38,8 @@ from hasten.models.tokenizer import Tokenizer, read_json
 from hasten.models.transformer import Transformer
 
 if TYPE_CHECKING:
-    from hasten.models.hf import AdaptedConfig, HFBackbone
+    from hasten.models.diffusion_gemma import DiffusionGemma
+    from hasten.models.hf import HFBackbone
     from hasten.models.native import NativeStack
 
 Progress = Callable[[str, int, int], None]
@@ -51,7 +52,7 @@ _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 class Loaded:
     """A model in memory: the stack, its tokenizer (None for a bare weight file), where it came from, bytes of weights."""
 
-    model: Transformer | NativeStack | HFBackbone
+    model: Transformer | NativeStack | HFBackbone | DiffusionGemma
     tokenizer: Tokenizer | None
     config: ModelConfig | AdaptedConfig
     source: str

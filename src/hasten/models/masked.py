@@ -102,6 +102,10 @@ def _llada_config(f: Fields, tokenizer: Tokenizer | None) -> ModelConfig:
     if group < 1 or count % group:
         raise out_of_range("block_group_size", group, f"a divisor of n_layers = {count}")
     tied = f.flag("weight_tying", False)
+    if f.config.get("mlp_hidden_size") is None:
+        ffn = f.integer("mlp_ratio", 4) * hidden
+    else:
+        ffn = f.integer("mlp_hidden_size")
     return ModelConfig(
         family="llada",
         vocab_size=vocab,
@@ -109,7 +113,7 @@ def _llada_config(f: Fields, tokenizer: Tokenizer | None) -> ModelConfig:
         heads=heads,
         kv_heads=f.integer("n_kv_heads", 1 if f.flag("multi_query_attention", False) else heads),
         head_dim=hidden // heads,
-        ffn=f.integer("mlp_hidden_size", f.integer("mlp_ratio", 4) * hidden),
+        ffn=ffn,
         max_len=f.integer("max_sequence_length"),
         layers=(Layer(),) * count,
         ropes=(Rope(theta=f.number("rope_theta")),),
