@@ -93,9 +93,7 @@ def sample(model: DiffusionGemma, prompt: torch.Tensor, canvases: int, s: Settin
     return out, passes
 
 
-@pytest.mark.parametrize(
-    "settings", [Settings(), Settings(12, 1e9, 0.01, 0.02, 10.0)], ids=["all-steps", "stops-early"]
-)
+@pytest.mark.parametrize("settings", [Settings(), Settings(12, 1e9, 0.01, 0.02, 10.0)], ids=["all-steps", "stops-early"])
 def test_a_sampler_over_the_halves_gives_what_transformers_gives(folder, settings):
     reference = transformers.DiffusionGemmaForBlockDiffusion.from_pretrained(folder, attn_implementation="sdpa").eval()
     done = load(folder)

@@ -82,6 +82,8 @@ def _llada_config(f: Fields, tokenizer: Tokenizer | None) -> ModelConfig:
     ):
         f.only(name, allowed)
     hidden, heads = f.integer("d_model"), f.integer("n_heads")
+    if hidden < 1:
+        raise out_of_range("d_model", hidden, "at least 1")
     if heads < 1 or hidden % heads:
         raise out_of_range("n_heads", heads, f"a divisor of d_model = {hidden}")
     bias, whole = f.flag("include_bias", False), f.flag("attention_layer_norm", False)
