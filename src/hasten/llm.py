@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any, cast
 from hasten import registry
 from hasten.engine.limits import LIMITS
 from hasten.errors import ConfigError, HastenError, IncompatibleError, out_of_range, unknown_name
-from hasten.types import Event, Output, Request, SamplingParams
+from hasten.types import Event, MethodCard, Output, Request, SamplingParams
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hasten.engine.contracts import Capabilities, MethodContext
     from hasten.engine.engine import Parts
     from hasten.models.load import Loaded
+    from hasten.policy import Policy
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, object]
@@ -211,10 +213,13 @@ class LLM:
         return tuple(names)
 
     def _build(self, names: tuple[str, ...]) -> Parts:
-        from hasten.engine.contracts import MethodContext, check_needs
+        from hasten.engine.contracts import MethodContext
         from hasten.engine.engine import PLAIN, Parts
-        from hasten.engine.union import Union
+        from hasten.union import Union
 
+        masked = self.model.capabilities.kind == "masked"
+        if masked:
+            names = registry.expand(names)
         slugs = [registry.parse(name)[0] for name in names]
         if not slugs:
             raise ConfigError("method is empty; method must be 'auto', 'plain' or method names", field="method")
@@ -229,10 +234,12 @@ class LLM:
         context = MethodContext(self.name, self.model, self.tokenizer)
         cards = [registry.card(slug) for slug in slugs]
         for i, one in enumerate(cards):
-            check_needs(one.slug, one.needs, self.name, self.model.capabilities)
+            _check_needs(one, self.name, self.model.capabilities)
             for other in cards[:i]:
                 if one.slug == other.slug or other.slug in one.conflicts or one.slug in other.conflicts:
                     raise IncompatibleError(f"method {one.slug!r} cannot be combined with {other.slug!r}", field="method")
+        if masked:
+            return Parts(canvas=self._canvas(names, context), method=tuple(slugs))
         drafters = [name for name, one in zip(names, cards, strict=True) if one.plugs_into == "draft"]
         rules = [name for name, one in zip(names, cards, strict=True) if one.plugs_into == "logits"]
         if len(drafters) + len(rules) < len(names):
@@ -249,6 +256,21 @@ class LLM:
             measured=True,
             method=tuple(slugs),
         )
+
+    def _canvas(self, names: Sequence[str], context: MethodContext) -> Policy:
+        """The policy that these methods make together; what they leave open is the reference sampler's."""
+        from hasten.policy import Policy
+
+        joined = Policy()
+        for name in names:
+            part = registry.build(name, context)
+            if not isinstance(getattr(part, "policy", None), Policy):
+                raise IncompatibleError(
+                    f"method {registry.parse(name)[0]!r} has no part in filling a canvas", field="method"
+                )
+            joined = joined.join(part.policy)
+        base = registry.build("reference", context)
+        return joined.over(base.policy).over(base.rest).check(context.capabilities)
 
     def _expect_costs(self) -> None:
         """Tell the engine what passes cost here, from this machine's profile (measured at first use, in under a second)."""
@@ -325,7 +347,7 @@ class LLM:
 
     def score(self, prompt: Prompt, text: Prompt) -> Score:
         """Log-probabilities of `text` after `prompt` under the model's raw distribution (text tokenised on its own)."""
-        from hasten.engine.scoring import score
+        from hasten.scoring import score
 
         before = self._ids(prompt)
         after = self._text_ids(text)
@@ -385,3 +407,14 @@ class LLM:
             "threads": torch.get_num_threads(),
             "backbone": self.model.name,
         }
+
+
+def _check_needs(card: MethodCard, model: str, capabilities: Capabilities) -> None:
+    """Raise IncompatibleError naming the method and the model unless every need is among its capabilities."""
+    for need in card.needs:
+        if not capabilities.has(need):
+            raise IncompatibleError(
+                f"method {card.slug!r} needs {need!r}, which model {model!r} ({capabilities.kind}) does not offer",
+                hint="choose another method (`hasten methods`) or another model",
+                field="method",
+            )
