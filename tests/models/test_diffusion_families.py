@@ -6,15 +6,15 @@ import dataclasses
 import json
 from pathlib import Path
 
+import canvases
 import diffusion
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from hasten.engine.contracts import Needs, RowInput
-from hasten.engine.engine import Engine
 from hasten.engine.masks import FULL, BlockCausal, Explicit
-from hasten.errors import ConfigError, FormatError, HastenError, IncompatibleError, UnsupportedError
+from hasten.errors import ConfigError, FormatError, HastenError, UnsupportedError
 from hasten.kernels import library
 from hasten.models.config import ModelConfig
 from hasten.models.families import config_from_hf, state_from_hf
@@ -111,8 +111,6 @@ def test_what_a_model_offers_is_declared(tmp_path):
         assert c.cache_exact == ({"block_causal"} if c.block else frozenset())
         assert {"full", "block_causal"} <= c.visibilities
         assert [c.has(need) for need in ("masked", "mask_id", "causal")] == [True, True, False]
-        with pytest.raises(IncompatibleError):
-            Engine(done.model, cache_bytes=1_000_000)
     assert done.config.max_len == 128
     assert config_from_hf(diffusion.DREAM).max_len == 131072  # as config.json says; 2048 is what is documented
 
@@ -159,6 +157,32 @@ def test_a_block_over_its_cache_is_that_of_the_whole_pass(name, backbone, tmp_pa
                 assert (out.row_logits(i) - want).abs().max() <= 1e-4
         for cache in caches:
             cache.advance(b)
+
+
+def plain_text(config: dict, weights: diffusion.State, prompt: list[int], length: int, size: int) -> list[int]:
+    """One token a pass, the surest of its block first, by plain computation of the whole canvas."""
+    x, block, shift = [*prompt, *[290] * length], config.get("block_size"), config["model_type"] == "Dream"
+    for low in range(len(prompt) // size * size if block else len(prompt), len(x), size):
+        high = min(low + size, len(x))
+        while 290 in x[low:high]:
+            seen = torch.tensor(x[:high] if block else x)
+            logits = diffusion.plain(config, weights, seen, diffusion.blocks(len(seen), block) if block else None)
+            logits = torch.cat((logits[:1], logits[:-1])) if shift else logits
+            logits[:, 290] = -torch.inf
+            probs = logits.softmax(-1).max(-1)
+            best = max((i for i in range(low, high) if x[i] == 290), key=lambda i: float(probs.values[i]))
+            x[best] = int(probs.indices[best])
+    return x[len(prompt) :]
+
+
+@on_both(*FAMILIES)
+def test_the_engine_fills_canvases_as_a_plain_loop_does(name, backbone, tmp_path):
+    done, config, weights = loaded(name, tmp_path, backbone=backbone)
+    block = config.get("block_size")
+    prompts = [(ids(n, seed=n) % 280).tolist() for n in (3, 11, 6)]
+    method = "threshold:tau=2" if block else "reference:block=6,steps=12"
+    for prompt, out in zip(prompts, canvases.run(done.model, prompts, method, max_tokens=12)):
+        assert list(out.tokens) == plain_text(config, weights, prompt, 12, block or 6)
 
 
 @on_both(*FAMILIES)
