@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from hasten.engine.contracts import Needs, RowInput
 from hasten.engine.masks import FULL, BlockCausal, Explicit
-from hasten.errors import ConfigError, FormatError, HastenError, UnsupportedError
+from hasten.errors import ConfigError, FormatError, HastenError, MemoryFitError, UnsupportedError
 from hasten.kernels import library
 from hasten.models.config import ModelConfig
 from hasten.models.families import config_from_hf, state_from_hf
@@ -126,6 +126,21 @@ def test_ragged_rows_of_one_pass_are_those_of_each_alone(name, backbone, tmp_pat
         assert (out.row_logits(i) - want).abs().max() <= 1e-4
         alone = dense(done.model, one, visibility)
         assert (out.row_logits(i) - alone).abs().max() <= (0 if backbone == "native" else 1e-5)
+
+
+@on_both("sdar")
+def test_blocks_go_by_position_wherever_keys_are_stored(name, backbone, tmp_path):
+    """Slots that are no positions take the way through a mask; a cache that is full says so."""
+    done, config, weights = loaded(name, tmp_path, backbone=backbone)
+    visibility, b = sight(name)
+    tokens, order = ids(6 * b), torch.randperm(6 * b, generator=torch.Generator().manual_seed(2))
+    cache = done.model.pool(8_000_000).open(6 * b)
+    want = diffusion.plain(config, weights, tokens, diffusion.blocks(6 * b, b))
+    out = done.model.run([RowInput(tokens[order], order, cache, visibility, "all", start=0)])
+    assert (out.logits - want[order]).abs().max() <= 1e-4
+    cache.advance(6 * b)
+    with pytest.raises(MemoryFitError):
+        done.model.run([RowInput(tokens[:65], torch.arange(65), cache, visibility, "all")])
 
 
 @on_both("sdar", "llada2")

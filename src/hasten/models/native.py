@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hasten.engine.cache import CacheLayout, CachePool, RowCache
 from hasten.engine.contracts import NO_NEEDS, Needs, Pass, RowInput
-from hasten.engine.masks import Causal, Full, PerLayer, Tree, Visibility, at_layer, mask
+from hasten.engine.masks import BlockCausal, Causal, Full, PerLayer, Tree, Visibility, at_layer, mask
 from hasten.errors import HastenError, UnsupportedError, out_of_range
 from hasten.kernels.library import ACTIVATIONS, KV_TYPES, PARTS, Layer, Model, PassInput, check, native
 from hasten.models.config import ModelConfig
@@ -276,7 +276,8 @@ class NativeStack(DecoderStack):
         frame.sight[:] = 0
         for k, window in enumerate(self._windows):
             part = frame.sight[k * n : (k + 1) * n]
-            if not _fast_sight(part, row.visibility, start, max(start + n, cache.length), window, frame.positions, extras):
+            visible = max(start + n, cache.length)
+            if not _fast_sight(part, row.visibility, start, visible, window, frame.positions, extras, cache):
                 return None
         cache.reserve(start, row.positions)
         most = int(frame.positions.max()) + 1
@@ -349,7 +350,7 @@ class NativeStack(DecoderStack):
             for visibility, cache, start, seen, row in zip(own, caches, starts, visible, rows, strict=True):
                 end = begin + row.queries
                 part = sight[at + begin : at + end]
-                if not _fast_sight(part, visibility, start, seen, window, positions[begin:end], extras):
+                if not _fast_sight(part, visibility, start, seen, window, positions[begin:end], extras, cache):
                     _any_sight(part, mask(visibility, row.positions, cache.positions[:seen], start, window), seen, extras)
                 begin = end
             at += len(positions)
@@ -407,10 +408,11 @@ def _fast_sight(
     window: int | None,
     at: NDArray[np.int32],
     extras: list[int],
+    cache: RowCache,
 ) -> bool:
     """Fill in what the queries of one row see, for the rules that need no mask; False for the others.
 
-    A window cuts nothing as long as all positions lie below it.
+    A window cuts nothing as long as all positions lie below it. Blocks are runs of slots where slots are positions.
     """
     if window is not None and int(at.max()) >= window:
         return False
@@ -426,6 +428,14 @@ def _fast_sight(
             # a line begins where it leaves the chain: all of the chain up to there is one range
             part[chain + i] = (0, start + line[0] + 1, len(extras), len(line) - 1)
             extras += [start + node for node in line[1:]]
+    elif isinstance(visibility, BlockCausal):
+        keys = cache.positions[:visible].numpy().copy()
+        if len(keys) < visible:
+            return False
+        keys[start : start + n] = at
+        if (keys != np.arange(visible)).any():
+            return False
+        part["hi"] = np.minimum((at // visibility.block + 1) * visibility.block, visible)
     else:
         return False
     return True
