@@ -210,7 +210,7 @@ def test_a_query_that_sees_nothing_gives_numbers_all_the_same(name, backbone, tm
     allowed[:2] = False  # and that see nobody
     logits = dense(done.model, tokens, Explicit(allowed))
     assert bool(logits.isfinite().all())
-    if name == "llada":  # without positions that hold something, padding on the left only moves the rest
+    if name in ("llada", "dream"):  # without positions that hold something, padding on the left only moves the rest
         want = diffusion.plain(config, weights, tokens[2:])
         assert (logits[2:] - want).abs().max() <= 1e-4
     assert bool(dense(done.model, tokens, Explicit(torch.zeros(6, 6, dtype=torch.bool))).isfinite().all())
@@ -340,6 +340,28 @@ def test_released_ids_hold_where_nothing_is_said():
     for name, facts in want.items():
         c = config_from_hf({**diffusion.VARIANTS[name], **released, **big})
         assert (c.mask_id, c.eot_id, c.logit_shift, c.block) == facts
+
+
+def test_the_released_sizes_are_those_that_are_published():
+    llada = {
+        "d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32, "mlp_hidden_size": 12288, "vocab_size": 126464,
+        "embedding_size": 126464, "mask_token_id": 126336, "pad_token_id": 126081, "eos_token_id": 126081,
+    }  # fmt: skip
+    dream = {
+        "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+        "intermediate_size": 18944, "vocab_size": 152064,
+    }  # fmt: skip
+    mini = {
+        "hidden_size": 2048, "num_hidden_layers": 20, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128,
+        "intermediate_size": 5120, "num_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 512, "n_group": 8,
+        "topk_group": 4, "vocab_size": 157184,
+    }  # fmt: skip
+    for base, sizes, billions in (
+        (diffusion.LLADA, llada, 8.02),
+        (diffusion.DREAM, dream, 7.62),
+        (diffusion.LLADA2, mini, 16.26),
+    ):
+        assert config_from_hf({**base, **sizes}).parameters / 1e9 == pytest.approx(billions, abs=0.01)
 
 
 # --- configs that are wrong ---
