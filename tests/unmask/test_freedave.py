@@ -35,13 +35,12 @@ def order(events: list[Event]) -> dict[int, list[tuple[int, int]]]:
     return logs
 
 
-@pytest.mark.parametrize("d", [1, 2, 4, 8])
-@pytest.mark.parametrize(("name", "cache"), PAIRS)
-def test_tokens_and_their_order_are_those_of_one_token_per_step(name, cache, d):
-    many, plain, fast = prompts(16, seed=d), [], []
-    base = ("reference:block=8", *cache)
-    expected = run(MODELS[name], many, *base, events=plain, max_tokens=16)
-    drafted = run(MODELS[name], many, *base, f"freedave:d={d}", events=fast, max_tokens=16)
+def same(name: str, many: list[list[int]], base: tuple[str, ...], d: int, length: int) -> None:
+    """FreeDave over `base` gives the tokens of `base`, committed in its order, in no more forwards."""
+    plain: list[Event] = []
+    fast: list[Event] = []
+    expected = run(MODELS[name], many, *base, events=plain, max_tokens=length)
+    drafted = run(MODELS[name], many, *base, f"freedave:d={d}", events=fast, max_tokens=length)
     assert [one.tokens for one in drafted] == [one.tokens for one in expected]
     assert order(fast) == order(plain)
     for one, other in zip(drafted, expected, strict=True):
@@ -49,11 +48,25 @@ def test_tokens_and_their_order_are_those_of_one_token_per_step(name, cache, d):
         assert d > 1 or one.usage == dataclasses.replace(other.usage, decode_s=one.usage.decode_s)
 
 
+@pytest.mark.parametrize(("name", "cache"), PAIRS)
+def test_tokens_and_their_order_are_those_of_one_token_per_step(name, cache):
+    for d in (1, 4):
+        same(name, prompts(3, seed=d), ("reference:block=8", *cache), d, 13)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("d", [2, 4, 8])
+@pytest.mark.parametrize(("name", "cache"), PAIRS)
+def test_tokens_and_their_order_over_five_hundred_prompts(name, cache, d):
+    for seed in range(16):
+        same(name, prompts(32, seed=100 + seed), ("reference:block=8", *cache), d, 24)
+
+
 @pytest.mark.parametrize(
     "rule",
     [
         ("threshold:tau=0.15",),
-        ("reference:block=8,steps=12",),
+        ("reference:block=8,steps=6",),
         ("reference:block=8,score=random",),
         ("reference:block=8", "threshold:tau=0.1", "creditdecoding"),
         ("localleap:kappa=0.2,tau=0.1", "creditdecoding:store=sparse"),
@@ -62,27 +75,25 @@ def test_tokens_and_their_order_are_those_of_one_token_per_step(name, cache, d):
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_every_sampler_keeps_its_tokens(rule, temperature):
     for name, cache in (("full", ()), ("shifted", ("canvas-cache",))):
-        many = prompts(8, seed=3)
-        expected = run(MODELS[name], many, *rule, *cache, temperature=temperature)
-        drafted = run(MODELS[name], many, *rule, *cache, "freedave", temperature=temperature)
+        many = prompts(3, seed=3)
+        expected = run(MODELS[name], many, *rule, *cache, temperature=temperature, max_tokens=12)
+        drafted = run(MODELS[name], many, *rule, *cache, "freedave", temperature=temperature, max_tokens=12)
         assert [one.tokens for one in drafted] == [one.tokens for one in expected]
 
 
 class Scripted(Masked):
     """A model that is sure of one text: position p holds token text[p], the surer the closer to the front."""
 
-    def __init__(self, text: torch.Tensor, change: int = 0) -> None:
+    def __init__(self, text: torch.Tensor) -> None:
         super().__init__()
-        self.text, self.change, self.run_stack = text, change, self.stack.run
+        self.text, self.run_stack = text, self.stack.run
 
     def run(self, rows, needs=None):
         done = self.run_stack(rows)
         for i, row in enumerate(rows):
-            at = row.positions[list(row.wanted)] if row.wanted != "all" else row.positions
-            known = int((row.tokens != MASK).sum()) // self.change if self.change else 0
+            at = row.positions[list(row.wanted())]
             logits = torch.zeros(len(at), done.logits.shape[-1])
-            order = -(at + 7 * known) % 19 + 0.01 * at  # which position is next depends on what is known
-            logits[torch.arange(len(at)), self.text[at]] = 12 + 0.2 * (order if self.change else -at.float())
+            logits[torch.arange(len(at)), self.text[at]] = 10 - 0.1 * at
             done.row_logits(i)[:] = logits
         return done
 
@@ -93,13 +104,6 @@ def test_a_model_that_is_sure_needs_one_forward_per_d_tokens():
         out = run(model, [[5, 6]], "reference:block=32", f"freedave:d={d}", max_tokens=32)[0]
         assert list(out.tokens) == model.text[2:34].tolist()
         assert out.usage.forwards == 1 + -(-31 // d)
-    forwards = [
-        run(Scripted(model.text, 6), [[5, 6]], "reference", f"freedave:d={d}", max_tokens=32)[0].usage.forwards
-        for d in (1, 2, 4, 8)
-    ]
-    assert forwards == sorted(forwards, reverse=True)
-    assert forwards[0] == 32
-    assert forwards[-1] <= 0.65 * 32
 
 
 def test_a_whole_step_of_several_tokens_is_confirmed_at_once():
@@ -111,11 +115,11 @@ def test_a_whole_step_of_several_tokens_is_confirmed_at_once():
 
 
 def test_rows_that_accept_differently_are_their_rows_alone():
-    model, many = MODELS["full"], prompts(7, seed=8)
+    model, many = MODELS["full"], prompts(4, seed=8)
     for cache in CACHES:
-        together = run(model, many, "reference:block=8", "freedave", *cache)
+        together = run(model, many, "reference:block=8", "freedave", *cache, max_tokens=12)
         for prompt, out in zip(many, together, strict=True):
-            alone = run(model, [prompt], "reference:block=8", "freedave", *cache)[0]
+            alone = run(model, [prompt], "reference:block=8", "freedave", *cache, max_tokens=12)[0]
             assert (alone.tokens, alone.usage.forwards) == (out.tokens, out.usage.forwards)
 
 
@@ -144,18 +148,18 @@ def plain_freedave(model: Masked, prompt: list[int], length: int, block: int, d:
 
 @pytest.mark.parametrize("d", [2, 4])
 def test_forwards_are_those_of_the_published_loop(d):
-    for prompt in prompts(4, seed=5):
+    for prompt in prompts(2, seed=5):
         out = run(MODELS["full"], [prompt], "reference:block=8", f"freedave:d={d}", max_tokens=16)[0]
         assert (list(out.tokens), out.usage.forwards) == plain_freedave(MODELS["full"], prompt, 16, 8, d)
 
 
 def test_a_part_of_a_step_is_taken_by_subset_only():
-    model, many = MODELS["full"], prompts(12, seed=4)
+    model, many = MODELS["full"], prompts(6, seed=4)
     forwards = {}
     for match in ("exact", "subset"):
-        outs = run(model, many, "threshold:tau=0.12", f"freedave:d=3,match={match}", max_tokens=32)
+        outs = run(model, many, "threshold:tau=0.4", f"freedave:d=3,match={match}", max_tokens=16)
         forwards[match] = [out.usage.forwards for out in outs]
-        assert all(MASK not in out.tokens and len(out.tokens) == 32 for out in outs)
+        assert all(MASK not in out.tokens and len(out.tokens) == 16 for out in outs)
     assert forwards["exact"] != forwards["subset"]
     assert not FreeDave(Config(match="subset"), MethodContext("tiny", model)).lossless
     one = [run(model, many, "reference:block=8", f"freedave:match={match}") for match in ("exact", "subset")]
@@ -191,7 +195,7 @@ def test_a_draft_decides_no_token():
     at = torch.arange(2, 10)
 
     def seen(tokens: torch.Tensor, sign: int = 1) -> Forward:
-        return Forward((sign * model.logits(tokens))[at].masked_fill(torch.arange(97) == MASK, -torch.inf), at)
+        return Forward((sign * model.logits(tokens)[at]).masked_fill(torch.arange(97) == MASK, -torch.inf), at)
 
     right, wrong = seen(row.tokens), seen(row.tokens, -1)
     states = rules.stepper.branches(row, wrong, rules.advance)

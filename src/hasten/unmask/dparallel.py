@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hasten import models
 from hasten.engine.contracts import MethodContext
 from hasten.engine.parts import CanvasRow, PartRange, View
-from hasten.errors import out_of_range
+from hasten.errors import FormatError, out_of_range
 from hasten.models.fetch import cache_dir
 from hasten.models.tokenizer import read_json
 from hasten.policy import Policy
@@ -80,8 +82,19 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def calibrated(model: str) -> float:
-    """The threshold that training left in the model's card, 0.5 nats for a model without one."""
-    ...
+    """The threshold that training left in the card.json of a model's folder, 0.5 nats where there is none.
+
+    `model` is a folder, or the name of one that comes with the package or that `hasten train` made. Raises FormatError for a
+    card with another value than a number of nats.
+    """
+    for folder in (Path(model), Path(models.__file__).parent / "mini" / model, cache_dir() / "minis" / model):
+        stored = read_json(folder / "card.json").get("dparallel")
+        if stored is not None:
+            tau = stored.get("tau") if isinstance(stored, dict) else None
+            if isinstance(tau, bool) or not isinstance(tau, (int, float)) or not 0 <= tau < float("inf"):
+                raise FormatError(f"dparallel.tau is {tau!r}, not a number of nats", path=str(folder / "card.json"))
+            return float(tau)
+    return TAU
 
 
 method = DParallel
