@@ -1,26 +1,23 @@
 """A small decoder stack to train: dense, batched, padded; the arithmetic of `models/transformer.py`, written for gradients.
 
 Pre-norm RMS norms, SwiGLU, rotary positions in float32, no biases, one matrix for reading and writing tokens. What a query
-may see is full, causal or block-causal. `export` writes the released names that `models/families.py` reads.
+may see is full, causal or block-causal. `train/released.py` writes and reads it under the names of a released family.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hasten.errors import out_of_range
 from hasten.train import alphabet
 
 Kind = Literal["full", "causal", "block"]
-MODEL_TYPES: dict[str, str] = {"full": "llada", "causal": "llama", "block": "sdar"}
+KINDS: tuple[Kind, ...] = ("full", "causal", "block")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +36,8 @@ class Shape:
     block: int = 8
 
     def __post_init__(self) -> None:
-        if self.kind not in MODEL_TYPES:
-            raise out_of_range("kind", self.kind, ", ".join(MODEL_TYPES))
+        if self.kind not in KINDS:
+            raise out_of_range("kind", self.kind, ", ".join(KINDS))
         for name in ("hidden", "layers", "heads", "ffn", "vocab", "max_len", "block"):
             if getattr(self, name) < 1:
                 raise out_of_range(name, getattr(self, name), "at least 1")
@@ -215,71 +212,3 @@ def block_causal(length: int, block: int) -> Tensor:
     """Which keys a query sees [length, length]: those of its own block, counted from position 0, and of earlier ones."""
     of = torch.arange(length) // block
     return of[:, None] >= of[None, :]
-
-
-def released(network: Network) -> dict[str, Tensor]:
-    """The weights under the names of the family: LLaDA's, Llama's, or SDAR's, which are Qwen3's."""
-    llada = network.shape.kind == "full"
-    names = (
-        ("attn_norm", "attn_norm", "input_layernorm"), ("ffn_norm", "ff_norm", "post_attention_layernorm"),
-        ("q", "q_proj", "self_attn.q_proj"), ("k", "k_proj", "self_attn.k_proj"), ("v", "v_proj", "self_attn.v_proj"),
-        ("out", "attn_out", "self_attn.o_proj"), ("q_norm", "", "self_attn.q_norm"), ("k_norm", "", "self_attn.k_norm"),
-        ("gate", "ff_proj", "mlp.gate_proj"), ("up", "up_proj", "mlp.up_proj"), ("down", "ff_out", "mlp.down_proj"),
-    )  # fmt: skip
-    own = {ours: (first if llada else second) for ours, first, second in names}
-    top = {
-        "embed.weight": "model.transformer.wte.weight" if llada else "model.embed_tokens.weight",
-        "norm.weight": "model.transformer.ln_f.weight" if llada else "model.norm.weight",
-    }
-    out = {}
-    for name, weight in network.state_dict().items():
-        if name in top:
-            out[top[name]] = weight
-        else:
-            _, index, part, _ = name.split(".")
-            out[f"model.{'transformer.blocks' if llada else 'layers'}.{index}.{own[part]}.weight"] = weight
-    return out
-
-
-def config_of(shape: Shape) -> dict[str, Any]:
-    """The config.json of the family."""
-    ids = {"bos_token_id": alphabet.BOS, "eos_token_id": alphabet.EOS, "pad_token_id": alphabet.PAD}
-    common = {
-        "model_type": MODEL_TYPES[shape.kind], "vocab_size": shape.vocab, "rope_theta": shape.theta, "rms_norm_eps": shape.eps,
-        "torch_dtype": "float16", **ids,
-    }  # fmt: skip
-    if shape.kind == "full":
-        return {
-            **common, "architectures": ["LLaDAModelLM"], "d_model": shape.hidden, "n_layers": shape.layers,
-            "n_heads": shape.heads, "n_kv_heads": shape.heads, "mlp_hidden_size": shape.ffn, "embedding_size": shape.vocab,
-            "max_sequence_length": shape.max_len, "weight_tying": True, "include_bias": False, "include_qkv_bias": False,
-            "block_type": "llama", "block_group_size": 1, "activation_type": "silu", "layer_norm_type": "rms",
-            "rope": True, "rope_full_precision": True, "attention_layer_norm": False, "scale_logits": False,
-            "input_emb_norm": False, "mask_token_id": alphabet.MASK,
-        }  # fmt: skip
-    heads = {
-        **common, "hidden_size": shape.hidden, "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.heads, "head_dim": shape.hidden // shape.heads, "intermediate_size": shape.ffn,
-        "max_position_embeddings": shape.max_len, "tie_word_embeddings": True, "hidden_act": "silu", "attention_bias": False,
-    }  # fmt: skip
-    if shape.kind == "causal":
-        return {**heads, "architectures": ["LlamaForCausalLM"], "mlp_bias": False}
-    return {
-        **heads, "architectures": ["SDARForCausalLM"], "block_size": shape.block, "mask_token_id": alphabet.MASK,
-        "use_sliding_window": False,
-    }  # fmt: skip
-
-
-def export(network: Network, folder: Path, facts: dict[str, Any]) -> None:
-    """Write config.json, model.safetensors in float16, the tokenizer and card.json, which `facts` are."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: weight.detach().to(torch.float16).contiguous() for name, weight in released(network).items()}
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    for name, content in (("config.json", config_of(network.shape)), ("card.json", facts)):
-        (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    alphabet.write_tokenizer(folder)
-
-
-def facts_of(shape: Shape) -> str:
-    """The shape as one line, for checkpoints."""
-    return json.dumps(asdict(shape), sort_keys=True)

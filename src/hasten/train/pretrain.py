@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from hasten.errors import ConfigError, HastenError, out_of_range
 from hasten.train.loop import Pace, schedule
 from hasten.train.mixture import Batch, Mixture, batch
-from hasten.train.network import Network, Shape, facts_of
+from hasten.train.network import Network, Shape
 from hasten.train.objectives import Masking, block_loss, causal_loss, loss, mask_blocks, mask_samples
 
 Report = Callable[[int, float], None]
@@ -65,7 +66,7 @@ class Run:
             torch.optim.AdamW(others, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0),
         )
         self.step, self.seen, self.answered, self.seconds = 0, 0, 0, 0.0
-        self.facts = f"{facts_of(shape)} {config} {mixture} {self.masking}"
+        self.facts = f"{json.dumps(asdict(shape), sort_keys=True)} {config} {mixture} {self.masking}"
 
     def fit(self, path: Path | None = None, report: Report | None = None, until: int | None = None) -> None:
         """Train to the last step (or step `until`), from the checkpoint at `path` on where there is one.
