@@ -86,9 +86,18 @@ def pretrain(
 
 
 def finish(
-    name: str, run: Run, out: Path, counts: dict[int, int] | None = None, progress: Progress | None = None, warm: bool = False
+    name: str,
+    run: Run,
+    out: Path,
+    counts: dict[int, int] | None = None,
+    progress: Progress | None = None,
+    warm: bool = False,
+    note: str = "",
 ) -> dict[str, Any]:
-    """Measure the averaged weights of a run and write them with their card."""
+    """Measure the averaged weights of a run and write them with their card, which says `note`.
+
+    `warm`: the run began with the weights of the model its recipe names.
+    """
     show = progress or (lambda what, done, total: None)
     started = time.perf_counter()
     network = run.averaged
@@ -104,6 +113,7 @@ def finish(
         "tokens_seen": run.seen,
         "answer_tokens_seen": run.answered,
         "minutes": round(run.seconds / 60, 1),
+        **({"note": note} if note else {}),
     }
     show("measuring", 0, 1)
     facts["exact_match"] = {

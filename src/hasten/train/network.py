@@ -63,6 +63,23 @@ class Norm(nn.Module):
         return _Scaled.apply(x.float(), self.weight, self.eps)  # type: ignore[no-any-return,no-untyped-call]
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """How packed tokens [N] and padded rows [B, T] belong together, and what queries see.
+
+    `places` [N] are those of tokens in the flattened rows, `tokens` [B T] the way back; both point behind the end where there
+    is nothing. The angles `cos` and `sin` are those of the tokens [N, 1, size].
+    """
+
+    count: int
+    places: Tensor
+    tokens: Tensor
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None
+    causal: bool
+
+
 class Layer(nn.Module):
     """Attention and a gated feed-forward, each behind a norm and added to what came in."""
 
@@ -78,18 +95,41 @@ class Layer(nn.Module):
         self.q_norm = Norm(size, shape.eps) if shape.qk_norm else None
         self.k_norm = Norm(size, shape.eps) if shape.qk_norm else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        """x [B, T, hidden] after the layer."""
-        rows, length, width = x.shape
-        inner = self.attn_norm(x)
-        q, k, v = (one(inner).view(rows, length, self.heads, -1) for one in (self.q, self.k, self.v))
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:
+        """x [N, hidden] after the layer."""
+        width = x.shape[1]
+        fused = F.linear(self.attn_norm(x), torch.cat((self.q.weight, self.k.weight, self.v.weight)))
+        q, k, v = fused.view(len(x), 3, self.heads, -1).unbind(1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        q, k = _Turned.apply(q, cos, sin), _Turned.apply(k, cos, sin)  # type: ignore[no-untyped-call]
-        mixed = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, causal)
-        x = x + self.out(mixed.transpose(1, 2).reshape(rows, length, width))
-        inner = self.ffn_norm(x)
-        return x + self.down(F.silu(self.gate(inner)) * self.up(inner))
+        q, k = (_Turned.apply(one, rows.cos, rows.sin) for one in (q, k))  # type: ignore[no-untyped-call]
+        q, k, v = (
+            _Moved.apply(one, rows.tokens, rows.places).view(rows.count, -1, self.heads, one.shape[-1]).transpose(1, 2)
+            for one in (q, k, v)
+        )  # type: ignore[no-untyped-call]
+        mixed = attend(q, k, v, rows.mask, rows.causal).transpose(1, 2).reshape(-1, width)
+        x = x + self.out(_Moved.apply(mixed, rows.places, rows.tokens))  # type: ignore[no-untyped-call]
+        gate, up = F.linear(self.ffn_norm(x), torch.cat((self.gate.weight, self.up.weight))).chunk(2, -1)
+        return x + self.down(F.silu(gate) * up)
+
+
+class _Moved(torch.autograd.Function):
+    """Lines of x in another order, zeros where the index points behind the end; `back` is the index of the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(index, back)
+        return _lines(x, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        _, back = ctx.saved_tensors
+        return _lines(grad, back), None, None
+
+
+def _lines(x: Tensor, index: Tensor) -> Tensor:
+    wide = torch.cat((x, x.new_zeros(1, *x.shape[1:])))
+    return wide.index_select(0, index)
 
 
 class _Scaled(torch.autograd.Function):
@@ -111,7 +151,7 @@ class _Scaled(torch.autograd.Function):
 
 
 class _Turned(torch.autograd.Function):
-    """Rotary positions of x [B, T, heads, size], computed in float32; the gradient is turned back."""
+    """Rotary positions of x [..., heads, size], computed in float32; the gradient is turned back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -129,6 +169,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     return torch.addcmul(wide * cos, swapped, sin, value=sign).to(x.dtype)
 
 
+PACK = 256  # packed tokens come in multiples of it
 LONG = 640  # keys from which fused attention is faster than products and a softmax, forward and backward, on a CPU
 
 
@@ -170,13 +211,13 @@ class Network(nn.Module):
     def forward(
         self, ids: Tensor, known: Tensor | None = None, mask: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
-        """States [B, T, hidden] of ids [B, T].
+        """States [B, T, hidden] of ids [B, T], zeros at padding.
 
-        `known` [B, T] is false at padding, which nothing sees (a padded query sees all, and nobody reads it). `mask`
+        `known` [B, T] is false at padding, which lies behind a row and which nothing sees. `mask`
         [T, T] or [B, T, T] overrides what the kind of network sees; `positions` [T] the places 0, 1, ....
         """
-        length = ids.shape[1]
-        cos, sin = self._angles(torch.arange(length) if positions is None else positions)
+        count, length = ids.shape
+        places = torch.arange(length) if positions is None else positions
         kind = self.shape.kind
         if mask is None and kind == "block":
             mask = block_causal(length, self.shape.block)
@@ -188,10 +229,25 @@ class Network(nn.Module):
             seen = known[:, None, :] if seen is None else seen & known[:, None, :]
         if seen is not None:
             seen = seen[:, None]
-        x = self.embed(ids)
+        rows = self._rows(ids, known, places, seen, causal)
+        flat = F.pad(ids.flatten(), (0, 1), value=alphabet.PAD)
+        x = self.embed(flat[rows.places])
         for layer in self.layers:
-            x = layer(x, cos, sin, seen, causal)
-        return self.norm(x)  # type: ignore[no-any-return]
+            x = layer(x, rows)
+        return _Moved.apply(self.norm(x), rows.tokens, rows.places).view(count, length, -1)  # type: ignore[no-any-return,no-untyped-call]
+
+    def _rows(self, ids: Tensor, known: Tensor | None, positions: Tensor, mask: Tensor | None, causal: bool) -> Rows:
+        """Tokens without the padding; in training to a multiple of 256, so that products of few shapes are computed."""
+        count, length = ids.shape
+        places = torch.arange(ids.numel()) if known is None else known.flatten().nonzero().flatten()
+        tokens = torch.full((ids.numel(),), 0)
+        real = len(places)
+        room = -real % PACK if torch.is_grad_enabled() else 0
+        tokens.fill_(real + room)
+        tokens[places] = torch.arange(real)
+        places = F.pad(places, (0, room), value=ids.numel())
+        cos, sin = self._angles(F.pad(positions.repeat(count), (0, 1))[places])
+        return Rows(count, places, tokens, cos, sin, mask, causal)
 
     def logits(self, states: Tensor) -> Tensor:
         """float32 scores [..., vocab] of states [..., hidden]; a diffusion model never writes a mask."""

@@ -166,7 +166,7 @@ def block_loss(network: Network, batch: Batch, masked: Tensor) -> Tensor:
     total, counted = (torch.zeros(rows * blocks).index_add(0, cell, one) for one in (each * weight, weight))
     filled = torch.zeros(rows * blocks).index_fill(0, cell, 1.0)
     mean = total / counted.clamp(min=1e-9)
-    ends = torch.zeros(rows * blocks).index_reduce(0, cell, weight, "amax")  # a block of end tokens alone counts less
+    ends = torch.zeros(rows * blocks).scatter_reduce(0, cell, weight, "amax")  # a block of end tokens alone counts less
     return (mean * ends).sum() / (ends * filled).sum().clamp(min=1e-9)
 
 
