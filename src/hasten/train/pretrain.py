@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hasten.errors import ConfigError, HastenError, out_of_range
+from hasten.errors import ConfigError, HastenError, UnsupportedError, out_of_range
 from hasten.train.loop import Pace, schedule
 from hasten.train.mixture import Batch, Mixture, batch
 from hasten.train.network import Network, Shape
@@ -55,6 +55,8 @@ class Run:
     """
 
     def __init__(self, shape: Shape, config: Config, mixture: Mixture, masking: Masking | None = None) -> None:
+        if not hasattr(torch.optim, "Muon"):
+            raise UnsupportedError(f"pretraining needs torch 2.9 or later; this is {torch.__version__}", field="torch")
         self.config, self.mixture, self.masking = config, mixture, masking or Masking()
         self.network = Network(shape, config.seed)
         self.averaged = Network(shape, config.seed)
@@ -62,7 +64,9 @@ class Run:
         matrices = [p for name, p in named if p.ndim == 2 and not name.startswith("embed")]
         others = [p for name, p in named if p.ndim != 2 or name.startswith("embed")]
         self.optimisers: tuple[torch.optim.Optimizer, ...] = (
-            torch.optim.Muon(matrices, lr=config.lr, weight_decay=config.decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.Muon(
+                matrices, lr=config.lr, weight_decay=config.decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+            ),
             torch.optim.AdamW(others, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0),
         )
         self.step, self.seen, self.answered, self.seconds = 0, 0, 0, 0.0
@@ -134,7 +138,9 @@ class Run:
         with safe_open(path, "pt") as file:
             facts = (file.metadata() or {}).get("config")
         if facts != self.facts:
-            raise ConfigError(f"{path} was made with {facts}, not {self.facts}", hint="remove it to start anew", field="train")
+            raise ConfigError(
+                f"{path} was made with {facts}, not {self.facts}", hint="remove it to start anew", field="train"
+            )
         state = load_file(path)
         self.network.load_state_dict(_under(state, "weight."))
         self.averaged.load_state_dict(_under(state, "averaged."))

@@ -51,8 +51,8 @@ def config_of(shape: Shape) -> dict[str, Any]:
     """The config.json of the family."""
     ids = {"bos_token_id": alphabet.BOS, "eos_token_id": alphabet.EOS, "pad_token_id": alphabet.PAD}
     common = {
-        "model_type": MODEL_TYPES[shape.kind], "vocab_size": shape.vocab, "rope_theta": shape.theta, "rms_norm_eps": shape.eps,
-        "torch_dtype": "float16", **ids,
+        "model_type": MODEL_TYPES[shape.kind], "vocab_size": shape.vocab, "rope_theta": shape.theta,
+        "rms_norm_eps": shape.eps, "torch_dtype": "float16", **ids,
     }  # fmt: skip
     if shape.kind == "full":
         return {
@@ -66,7 +66,8 @@ def config_of(shape: Shape) -> dict[str, Any]:
     heads = {
         **common, "hidden_size": shape.hidden, "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.heads, "head_dim": shape.hidden // shape.heads, "intermediate_size": shape.ffn,
-        "max_position_embeddings": shape.max_len, "tie_word_embeddings": True, "hidden_act": "silu", "attention_bias": False,
+        "max_position_embeddings": shape.max_len, "tie_word_embeddings": True, "hidden_act": "silu",
+        "attention_bias": False,
     }  # fmt: skip
     if shape.kind == "causal":
         return {**heads, "architectures": ["LlamaForCausalLM"], "mlp_bias": False}

@@ -13,15 +13,16 @@ from hasten.errors import out_of_range
 Split = Literal["train", "dev", "test"]
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-WORDS = tuple(
-    "ace act age air ant ape arc arm art ash axe bag bat bay bed bee bet bin bow box boy bud bug bun bus cab can cap car cat "
-    "cow cry cup cut day dew dig dog dot dry dye ear eat egg elf elm end eye fan far fig fin fir fit fix fly fog fox fun fur "
-    "gap gas gem gum gut guy gym hat hay hen hip hit hop hot hub hut ice ink inn ivy jam jar jaw jet job joy jug key kid kin "
-    "kit lab lap law leg lid lip log lot low mad man map mat men mix mob mud mug nap net new nod nut oak oar oil old one orb "
-    "owl own pad pan paw pea pen pet pie pig pin pit pot pup rag ram rat raw ray red rib rod row rug run rye sad sap saw sea "
-    "set shy sip sit six sky son spy sum sun tab tag tan tap tar tax tea ten tie tin tip toe ton top toy tub two urn use van "
-    "vat vet wax way web wet who wig win yak zip".split()
-)
+_WORDS = """
+    ace act age air ant ape arc arm art ash axe bag bat bay bed bee bet bin bow box boy bud bug bun bus cab can cap
+    car cat cow cry cup cut day dew dig dog dot dry dye ear eat egg elf elm end eye fan far fig fin fir fit fix fly
+    fog fox fun fur gap gas gem gum gut guy gym hat hay hen hip hit hop hot hub hut ice ink inn ivy jam jar jaw jet
+    job joy jug key kid kin kit lab lap law leg lid lip log lot low mad man map mat men mix mob mud mug nap net new
+    nod nut oak oar oil old one orb owl own pad pan paw pea pen pet pie pig pin pit pot pup rag ram rat raw ray red
+    rib rod row rug run rye sad sap saw sea set shy sip sit six sky son spy sum sun tab tag tan tap tar tax tea ten
+    tie tin tip toe ton top toy tub two urn use van vat vet wax way web wet who wig win yak zip
+"""
+WORDS = tuple(_WORDS.split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +36,9 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """A kind of task. `sizes` are the least and the greatest number of items, `length(n)` the most characters of an answer.
+    """A kind of task. `sizes` are the least and the greatest number of items, `length(n)` an answer's most characters.
 
-    `generate(rng, difficulty)` draws a sample, with difficulty 0 to 1 standing for the sizes from the least to the greatest;
+    `generate(rng, difficulty)` draws a sample, with difficulty 0 to 1 standing for the sizes from least to greatest;
     `verify(meta, text)` reads a text and says which share of it is right: 1 for a right answer, less for any other.
     """
 

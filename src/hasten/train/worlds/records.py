@@ -14,11 +14,12 @@ from typing import Any
 from hasten.train.worlds.base import Sample, World, size_of
 
 SIZES = (1, 16)
-NAMES = tuple(
-    "abe ada amy ana ann art ben bob cal cat dan deb don dot eli eve fay flo gil gus guy hal ian ida ike ivy jan jay jim joe "
-    "kay ken kim kit lee leo liz lou lyn mae max may meg mia ned nan pam pat peg ray rex rob ron roy sal sam sid sue ted tim "
-    "tom una val vic wes zoe".split()
-)
+_NAMES = """
+    abe ada amy ana ann art ben bob cal cat dan deb don dot eli eve fay flo gil gus guy hal ian ida ike ivy jan jay
+    jim joe kay ken kim kit lee leo liz lou lyn mae max may meg mia ned nan pam pat peg ray rex rob ron roy sal sam
+    sid sue ted tim tom una val vic wes zoe
+"""
+NAMES = tuple(_NAMES.split())
 
 
 def generate(rng: Random, difficulty: float) -> Sample:

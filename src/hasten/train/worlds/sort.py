@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from random import Random
 from typing import Any
 
@@ -20,7 +21,7 @@ def generate(rng: Random, difficulty: float) -> Sample:
 def verify(meta: Mapping[str, Any], text: str) -> float:
     """1 for the same letters in ascending order; else half the share found and half the share of ascending neighbours."""
     items, found = list(meta["items"]), text.split(" ")
-    rising = [a < b for a, b in zip(found, found[1:], strict=False)]
+    rising = [a < b for a, b in pairwise(found)]
     if all(rising) and set(found) == set(items):
         return 1.0
     kept = len(set(found) & set(items)) / max(len(found), len(items))
