@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hasten.errors import ConfigError, out_of_range, unknown_name
+from hasten.models.catalog import MINI
 from hasten.models.fetch import cache_dir
 from hasten.models.tokenizer import read_json
 from hasten.train import assess
@@ -140,9 +141,10 @@ def _first(recipe: Mini, start: Path | None) -> Network | None:
         if start is not None:
             raise ConfigError("this recipe begins with fresh weights", hint="leave out --start", field="start")
         return None
-    shipped = Path(__file__).resolve().parents[1] / "models" / "mini" / recipe.start
-    folder = start or shipped
-    return read(folder) if (folder / "config.json").is_file() else None
+    shipped = MINI / recipe.start
+    if start is None and not shipped.is_dir():
+        return None
+    return read(start or shipped)
 
 
 def _planned(recipe: Mini, minutes: float, mixture: Mixture, path: Path) -> int:
