@@ -191,9 +191,7 @@ def test_the_tokenizer_reads_and_writes_every_character(tmp_path):
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id) == (100, 2, (3,), 0)
 
 
-@pytest.mark.parametrize(
-    ("field", "bad"), [("kind", "x"), ("hidden", 0), ("heads", 3), ("layers", 0), ("block", 0)]
-)
+@pytest.mark.parametrize(("field", "bad"), [("kind", "x"), ("hidden", 0), ("heads", 3), ("layers", 0), ("block", 0)])
 def test_a_bad_shape_is_refused(field, bad):
     with pytest.raises(ConfigError, match=field):
         Shape(**{field: bad})

@@ -106,7 +106,9 @@ def test_the_first_loss_is_that_of_a_guess():
     with torch.no_grad():
         assert float(loss(net, one, masked, weights)) == pytest.approx(math.log(alphabet.SIZE - 1), abs=0.1)
         causal = Network(Shape(kind="causal", hidden=64, layers=2, heads=2, ffn=96))
-        assert float(causal_loss(causal, one)) == pytest.approx(math.log(alphabet.SIZE), abs=0.4)  # a tied head starts by repeating
+        assert float(causal_loss(causal, one)) == pytest.approx(
+            math.log(alphabet.SIZE), abs=0.4
+        )  # a tied head starts by repeating
 
 
 def test_late_end_tokens_count_less_and_forms_differ_only_in_weights():
@@ -133,7 +135,9 @@ def test_counts_are_spread_over_all_noise_levels():
     assert not masked[~answer].any()
     assert counts == sorted([*range(1, 21), *range(1, 21)])
     assert (weights == 1).all()
-    places = torch.stack([mask_samples(answer, torch.Generator().manual_seed(s))[0] for s in range(60)]).float().mean((0, 1))
+    places = (
+        torch.stack([mask_samples(answer, torch.Generator().manual_seed(s))[0] for s in range(60)]).float().mean((0, 1))
+    )
     assert (places[5:25] - 0.525).abs().max() < 0.05
 
 

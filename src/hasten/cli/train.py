@@ -20,6 +20,7 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
+    context: typer.Context,
     recipe: Annotated[
         str,
         typer.Argument(
@@ -54,7 +55,7 @@ def train(
     from hasten.train.recipes import RECIPES, Recipe
     from hasten.train.recipes import train as run
 
-    recipe, given = plain_name(recipe), _given()
+    recipe, given = plain_name(recipe), _given(context)
     if recipe not in (*RECIPES, *MINIS):
         raise unknown_name("recipe", recipe, [*RECIPES, *MINIS])
     for name in sorted(given - (_FOR_MINIS if recipe in MINIS else _FOR_DRAFTERS)):
@@ -94,12 +95,10 @@ def train(
     typer.echo(f"use it: hasten run {model} PROMPT --method {recipe}")
 
 
-def _given() -> set[str]:
+def _given(context: typer.Context) -> set[str]:
     """The parameters that stand on the command line."""
-    import click
-
-    context = click.get_current_context()
-    return {name for name in context.params if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
 
 def _mini(recipe: str, threads: int | None, json: bool, **how: Any) -> None:
