@@ -193,7 +193,9 @@ def trial(
             seed = task.seed
             for name in names:
                 answer(_model(llm, models, name), task, arms[name], canvas)
-        answers = {name: answer(_model(llm, models, name), task, arms[name], canvas) for name in names[turn:] + names[:turn]}
+        answers = {
+            name: answer(_model(llm, models, name), task, arms[name], canvas) for name in names[turn:] + names[:turn]
+        }
         rows.append(Row(task, {name: answers[name] for name in names}))
     progress("answering tasks", len(chosen), len(chosen))
     return Trial(tuple(rows), canvas)
