@@ -59,7 +59,7 @@ def open_mini(progress: Progress, name: str = "mini-dlm") -> LLM:
 def tasks(worlds: Sequence[str], canvas: int, per_world: int, seeds: Sequence[int] = SEEDS) -> list[Task]:
     """`per_world` unseen samples of each world for each seed, all different, as long as the canvas allows.
 
-    Answers need more than half the canvas where the world has such; else they are its longest, and end tokens fill the rest.
+    Answers need more than half the canvas where the world has such; else they are its longest, end tokens behind.
     Raises UnknownNameError, and ConfigError for a world whose shortest answer does not fit.
     """
     out, known = [], set()
