@@ -345,10 +345,10 @@ def canvases() -> str:
             cells = (_spread(one["accuracy"]), _spread(one["nfe"]), _spread(one["speedup"], "x"))
             rows.append((canvas, f"{name} ({methods})", *cells, worlds))
     text = (
-        f"{result['model']}, greedy, batch 1, unseen tasks of three seeds, every answer verified; medians over seeds (range in "
-        f"brackets), {about['threads']} threads of {about['cpu']}, {about['date']}; `python bench/canvas.py` repeats it "
-        "([result file](../bench/results/canvas.json)). Speed is the wall time of the one-token reference sampler without a "
-        "cache divided by the arm's, over whole requests."
+        f"{result['model']}, greedy, batch 1, unseen tasks of three seeds, every answer verified; medians over seeds (range "
+        f"in brackets), {about['threads']} threads of {about['cpu']}, {about['date']}; `python bench/canvas.py` repeats it "
+        "([result file](../bench/results/canvas.json)). Speed is the wall time of the one-token reference sampler without "
+        "a cache divided by the arm's, over whole requests."
     )
     head = ("canvas", "methods", "right, percent", "forwards per answer", "speed", "by world")
     return f"<!-- bench:canvas -->\n{text}\n\n{table(head, rows)}\n<!-- /bench:canvas -->"
@@ -369,8 +369,9 @@ def minis() -> str:
         ]
         how = one["training"]
         parts += [
-            f"**{one['name']}**: {one['summary']}. {one['parameters']:,} parameters, seed {how['seed']}, {one['steps_done']} "
-            f"steps, {one['tokens_seen'] / 1e6:.1f} million tokens, {one['minutes']:g} minutes. {one.get('note', '')}".strip(),
+            f"**{one['name']}**: {one['summary']}. {one['parameters']:,} parameters, seed {how['seed']}, "
+            f"{one['steps_done']} steps, {one['tokens_seen'] / 1e6:.1f} million tokens, {one['minutes']:g} minutes. "
+            f"{one.get('note', '')}".strip(),
             f"Exact answers in percent, and the number of samples, by canvas ({one['exact_match']['how']}):",
             table(("world", *canvases), rows),
             f"Calibration ({one['calibration']['how']}): "
