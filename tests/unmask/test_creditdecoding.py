@@ -198,7 +198,8 @@ def test_without_fusion_nothing_changes_and_rows_are_their_own():
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("fusion", -0.1), ("exponent", 0.0), ("decay", 1.0), ("decay", -0.1), ("slots", 0), ("store", "disk")]
+    ("field", "value"),
+    [("fusion", -0.1), ("exponent", 0.0), ("decay", 1.0), ("decay", -0.1), ("slots", 0), ("store", "disk")],
 )
 def test_bad_settings_are_refused_by_name(field, value):
     with pytest.raises(ConfigError) as caught:

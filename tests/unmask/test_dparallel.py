@@ -59,7 +59,9 @@ def test_a_step_takes_what_is_certain_and_always_the_most_certain(pairs, tau):
     view.changed = torch.tensor([[a, 0.0] for a, _ in pairs])
     nats, part = entropy(view.changed), DParallel(Config(tau=tau), None)
     open_ = [i for i, (_, flag) in enumerate(pairs) if flag]
-    expected = {i for i in open_ if nats[i] <= tau} | {i for i in open_[:1] for i in [min(open_, key=lambda k: float(nats[k]))]}
+    expected = {i for i in open_ if nats[i] <= tau} | {
+        i for i in open_[:1] for i in [min(open_, key=lambda k: float(nats[k]))]
+    }
     assert part.select(None, view, row, 1)[1].nonzero()[:, 0].tolist() == sorted(expected)
     part.tau = -math.inf  # one position per step
     assert int(part.select(None, view, row, 1)[1].sum()) == (1 if open_ else 0)

@@ -174,7 +174,9 @@ def test_text_does_not_depend_on_the_clock():
     ]
 
 
-@pytest.mark.parametrize(("per_state", "accepted", "chosen"), [(1.0, 8, (1, 2, 4, 8)), (0.01, 8, (8,)), (0.0, 1, (1,)), (1.0, 1, (1,))])
+@pytest.mark.parametrize(
+    ("per_state", "accepted", "chosen"), [(1.0, 8, (1, 2, 4, 8)), (0.01, 8, (8,)), (0.0, 1, (1,)), (1.0, 1, (1,))]
+)
 def test_the_number_of_drafts_is_what_pays(per_state, accepted, chosen):
     depth, seen = Depth(), []
     for _ in range(400):
@@ -216,9 +218,9 @@ class Canned:
 
 def test_what_cannot_be_checked_is_refused_by_name():
     model = MODELS["full"]
-    with pytest.raises(IncompatibleError, match="'freedave'.*'canvas-cache'"):
+    with pytest.raises(IncompatibleError, match=r"'freedave'.*'canvas-cache'"):
         policy(model, "freedave", "canvas-cache:policy=vicinity")
-    with pytest.raises(IncompatibleError, match="'freedave'.*'canned'"):
+    with pytest.raises(IncompatibleError, match=r"'freedave'.*'canned'"):
         dataclasses.replace(policy(model, "freedave"), reviser=Canned()).check(model.capabilities)
     with pytest.raises(IncompatibleError, match="one stepper"):
         policy(model, "freedave", "freedave:d=2")

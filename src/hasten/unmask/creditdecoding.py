@@ -73,8 +73,8 @@ class Credits(NamedTuple):
 class CreditDecoding:
     """A logit stage: candidates and their scores come from raw logits + fusion * ln(1 + credit).
 
-    One vote per step and open position, out of raw probabilities, for the position's best token; the vote counts in the step
-    it is cast. Credit belongs to a block and ends with it. What reads `view.logits` sees nothing of it.
+    One vote per step and open position, out of raw probabilities, for the position's best token; the vote counts in the
+    step it is cast. Credit belongs to a block and ends with it. What reads `view.logits` sees nothing of it.
     """
 
     name = "creditdecoding"

@@ -1,4 +1,4 @@
-"""dParallel's decoding: commit every position of the block whose entropy is low; made for models that were trained for it."""
+"""dParallel's decoding: commit every position of the block whose entropy is low; for models that were trained for it."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def entropy(logits: Tensor) -> Tensor:
 def calibrated(model: str) -> float:
     """The threshold that training left in the card.json of a model's folder, 0.5 nats where there is none.
 
-    `model` is a folder, or the name of one that comes with the package or that `hasten train` made. Raises FormatError for a
-    card with another value than a number of nats.
+    `model` is a folder, or the name of one that comes with the package or that `hasten train` made. Raises FormatError for
+    a card with another value than a number of nats.
     """
     for folder in (Path(model), Path(models.__file__).parent / "mini" / model, cache_dir() / "minis" / model):
         stored = read_json(folder / "card.json").get("dparallel")

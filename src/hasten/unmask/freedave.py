@@ -1,4 +1,4 @@
-"""FreeDave: guess the next states of the sampler from one forward, check all guesses in the next one, keep what it confirms."""
+"""FreeDave: guess the next states of the sampler from one forward, check all of them in the next, keep what it confirms."""
 
 from __future__ import annotations
 
@@ -179,10 +179,11 @@ class FreeDave:
             return -1
         for k in range(len(branches) - 1, last, -1):
             accepted = branches[k].accepted
-            same = after.tokens.where(accepted, branches[k].tokens)
-            if torch.equal(same, branches[k].tokens) and not bool((accepted & ~after.accepted).any()):
-                if self.config.match == "subset" or torch.equal(accepted, after.accepted):
-                    return k
+            if self.config.match == "exact" and not torch.equal(accepted, after.accepted):
+                continue
+            held = after.accepted & (after.tokens == branches[k].tokens)
+            if not bool((accepted & ~held).any()):
+                return k
         return -1
 
 
