@@ -12,6 +12,7 @@ from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
 
+import hasten
 from hasten.errors import ConfigError, HastenError, IncompatibleError, UnknownNameError
 from hasten.models.tokenizer import read_json
 from hasten.train import alphabet, assess, certainty, loop
@@ -201,6 +202,10 @@ def test_the_recipe_writes_a_model_with_its_threshold(tmp_path, monkeypatch):
     assert facts["answers"] == {"asked": 3, "right": 3}
     assert calibrated(str(tmp_path / "out")) == facts["dparallel"]["tau"] in (0.1, 3.0)
     assert facts["dparallel"]["one_token_per_step"]["accuracy"] == 100
+    llm = hasten.load(tmp_path / "out")  # an ordinary model; its own threshold is used
+    assert llm.parts(("dparallel",)).canvas.selectors[0].tau == facts["dparallel"]["tau"]
+    out = llm.generate("copy: ab\n", method="dparallel", max_tokens=8, ignore_eos=True)
+    assert len(out.tokens) == 8
     card = read_json(tmp_path / "out" / "card.json")
     assert {"summary", "license", "parameters", "started_from"} <= set(card)
     assert read(tmp_path / "out").shape == TINY

@@ -1,8 +1,8 @@
 """dParallel's training: a masked-diffusion model learns to be certain of its own right answers, many tokens at once.
 
-The model answers prompts one token per step; answers that a world verifies are its labels. One block is half masked, all after
-it wholly; the loss is cross-entropy and, for tokens it already gets right, the entropy of its distribution. What comes out is
-an ordinary model and the entropy threshold that costs it no more than a point of accuracy on prompts kept for choosing it.
+The model answers prompts one token per step; answers that a world verifies are its labels. One block is half masked, all
+after it wholly; the loss is cross-entropy and, for tokens it already gets right, the entropy of its distribution. Out
+comes an ordinary model and the entropy threshold that costs at most a point of accuracy on prompts kept for choosing it.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def halves(answer: Tensor, block: int, generator: torch.Generator) -> tuple[Tens
 
 
 def certainty(logits: Tensor, labels: Tensor, weight: float, temperature: float, gate: bool = True) -> Tensor:
-    """Cross-entropy of logits [N, vocab] and `weight` times the entropy where they are right (without `gate`: everywhere)."""
+    """Cross-entropy of logits [N, vocab] and `weight` times the entropy where they are right (no `gate`: everywhere)."""
     count = max(1, len(labels))
     loss = F.cross_entropy(logits, labels, reduction="sum") / count
     if weight == 0:
@@ -165,11 +165,12 @@ def own_answers(network: Network, asked: Cells, path: Path | None = None, report
         if key not in stored:
             with torch.autocast("cpu", torch.bfloat16):
                 written = write(network, [prompt_of(sample) for sample in given], canvas)
-            texts = [
-                (sample, alphabet.decode(ids)) for sample, ids in zip(given, written, strict=True) if len(ids) < canvas
+            texts = [alphabet.decode(ids) if len(ids) < canvas else "" for ids in written]
+            stored[key] = [
+                row(replace(sample, answer=text), canvas)
+                for sample, text in zip(given, texts, strict=True)
+                if text and WORLDS[name].verify(sample.meta, text) == 1
             ]
-            right = [(sample, text) for sample, text in texts if WORLDS[name].verify(sample.meta, text) == 1]
-            stored[key] = [row(replace(sample, answer=text), canvas) for sample, text in right if text]
             if path is not None:
                 part = path.with_suffix(".part")
                 part.write_text(json.dumps(stored), encoding="utf-8")
@@ -261,8 +262,8 @@ def distil(
 ) -> dict[str, Any]:
     """Train a small masked-diffusion model to be certain and write it to `out`, threshold included; facts about it.
 
-    What a cut run goes on from lies in `work`. Raises UnknownNameError, FormatError, IncompatibleError for a model that sees
-    no masks or only blocks, HastenError where it answers nothing right.
+    What a cut run goes on from lies in `work`. Raises UnknownNameError, FormatError, IncompatibleError for a model that
+    sees no masks or only blocks, HastenError where it answers nothing right.
     """
     folder, started = folder_of(model), time.perf_counter()
     network, card = read(folder), read_json(folder / "card.json")
@@ -302,7 +303,7 @@ def distil(
         "answers": {"asked": sum(map(len, asked.values())), "right": len(rows)},
         "dparallel": {
             "tau": tau,
-            "how": f"dev split, blocks of {config.block}; largest entropy in nats within {POINT:g} point of one token per step",
+            "how": f"dev split, blocks of {config.block}; the largest within {POINT:g} point of one token per step",
             "one_token_per_step": reference,
             "before": {"tau": control, **before[control]},
             "after": {"tau": tau, **after[tau]},
