@@ -11,6 +11,7 @@ from canvases import MASK, Masked, policy, prompts, run
 
 from hasten import registry
 from hasten.engine.contracts import MethodContext
+from hasten.engine.engine import Engine, Parts
 from hasten.engine.parts import Forward
 from hasten.errors import ConfigError, IncompatibleError
 from hasten.types import Event, Request, SamplingParams
@@ -224,6 +225,54 @@ def test_what_cannot_be_checked_is_refused_by_name():
         dataclasses.replace(policy(model, "freedave"), reviser=Canned()).check(model.capabilities)
     with pytest.raises(IncompatibleError, match="one stepper"):
         policy(model, "freedave", "freedave:d=2")
+
+
+class Plans:
+    """Blocks of 3 to 7, by what the model thinks of the first open position."""
+
+    name, range, memoryless, lossless, mutates_committed = "plans", "block_start_full", True, False, False
+
+    def plan(self, view, row):
+        return row.window[0] + 3 + int(view.x0[0]) % 5
+
+
+class Ends:
+    """Cuts the canvas behind a token below 12, or fills it when everything is sure by `sure`."""
+
+    name, range, memoryless, lossless, mutates_committed = "ends", "all_masked", True, False, False
+
+    def __init__(self, when, sure=0.0):
+        self.when, self.sure = when, sure
+
+    def check(self, view, row, chosen):
+        if self.when == "before":
+            return ("fill_all" if float(view.prob[view.masked].min()) > self.sure else "continue"), -1
+        found = view.positions[chosen & (view.x0 < 12)]
+        return ("truncate", int(found[-1]) + 1) if len(found) else ("continue", -1)
+
+
+@pytest.mark.parametrize("cache", [(), ("canvas-cache",)])
+@pytest.mark.parametrize("part", ["plans", "cuts", "fills"])
+def test_planners_and_stop_rules_act_on_confirmed_states(part, cache):
+    """Blocks planned from a forward, a canvas that gets shorter, one that is filled: as without drafts."""
+    model, ended = MODELS["full"], []
+    extra = {
+        "plans": {"planner": Plans()}, "cuts": {"stops": (Ends("after"),)}, "fills": {"stops": (Ends("before", 0.25),)}
+    }[part]  # fmt: skip
+    for names in ((), ("freedave",), ("freedave:d=2",)):
+        rules = dataclasses.replace(policy(model, "reference:block=8", *names, *cache), **extra).check(model.capabilities)
+        engine = Engine(model, cache_bytes=64_000_000)
+        params = SamplingParams(max_tokens=16, ignore_eos=True, seed=7)
+        outs = engine.run([(Request(tuple(p), params), Parts(canvas=rules)) for p in prompts(6, seed=6)])
+        ended.append(outs)
+    plain, *drafted = [[(out[0].tokens, out[0].usage.forwards) for out in outs] for outs in ended]
+    for fast in drafted:
+        assert [tokens for tokens, _ in fast] == [tokens for tokens, _ in plain]
+        assert sum(n for _, n in fast) < sum(n for _, n in plain)
+    if part == "cuts":
+        assert any(len(tokens) < 16 for tokens, _ in plain)
+    if part == "fills":
+        assert any(n < 16 for _, n in plain)
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def _use(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _dparallel(model: str, threads: int | None, json: bool, out: Path | None, work: Path | None, **sizes: int) -> None:
+def _dparallel(model: str, threads: int | None, json: bool, out: Path | None, work: Path | None, **sizes: Any) -> None:
     """Make a small masked-diffusion model surer and say what that saves at which threshold."""
     from hasten.train.certainty import Config, distil
 

@@ -127,18 +127,19 @@ def _sparse(history: Credits | None, token: Tensor, votes: Tensor, decay: float,
     """The same, where a position has `slots` tokens; a new one takes an empty slot, else that of the least credit."""
     width = len(votes)
     if history is None or history.ids is None:
-        history = Credits(token.new_full((width, slots), -1), votes.new_zeros(width, slots))
-    values = history.values * decay
-    own = history.ids == token[:, None]
+        old, values, before = token.new_full((width, slots), -1), votes.new_zeros(width, slots), 0
+    else:
+        old, values, before = history.ids, history.values * decay, history.lost
+    own = old == token[:, None]
     known, cast = own.any(1), votes > 0
-    room = values.masked_fill(history.ids < 0, -1.0).argmin(1)  # an empty slot is less than any credit
+    room = values.masked_fill(old < 0, -1.0).argmin(1)  # an empty slot is less than any credit
     slot = torch.where(known, own.to(torch.uint8).argmax(1), room)[:, None]
-    taken = history.ids.gather(1, slot)
+    taken = old.gather(1, slot)
     lost = (cast & ~known)[:, None] & (taken >= 0)
     kept = values.gather(1, slot).where(known[:, None], 0.0)
-    ids = history.ids.scatter(1, slot, token[:, None].where(cast[:, None], taken))
+    ids = old.scatter(1, slot, token[:, None].where(cast[:, None], taken))
     values = values.scatter(1, slot, (kept + votes[:, None]).where(cast[:, None], values.gather(1, slot)))
-    return Credits(ids, values, history.lost + int(lost.sum()))
+    return Credits(ids, values, before + int(lost.sum()))
 
 
 method = CreditDecoding
