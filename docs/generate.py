@@ -343,10 +343,12 @@ def minis() -> str:
             (name, *(f"{row[c]['exact']:g} ({row[c]['samples']})" if c in row else "" for c in canvases))
             for name, row in worlds.items()
         ]
-        how = one["training"]
+        facts = (
+            f"**{one['name']}**: {one['summary']}. {one['parameters']:,} parameters, seed {one['training']['seed']}, "
+            f"{one['steps_done']} steps, {one['tokens_seen'] / 1e6:.1f} million tokens, {one['minutes']:g} minutes. "
+        )
         parts += [
-            f"**{one['name']}**: {one['summary']}. {one['parameters']:,} parameters, seed {how['seed']}, {one['steps_done']} "
-            f"steps, {one['tokens_seen'] / 1e6:.1f} million tokens, {one['minutes']:g} minutes. {one.get('note', '')}".strip(),
+            facts + one.get("note", ""),
             f"Exact answers in percent, and the number of samples, by canvas ({one['exact_match']['how']}):",
             table(("world", *canvases), rows),
             f"Calibration ({one['calibration']['how']}): "
