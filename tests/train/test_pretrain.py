@@ -240,8 +240,11 @@ def test_long_canvases_have_their_share_and_come_late():
 
 def test_canvases_are_the_least_one_or_a_bit_more():
     rng = Random(0)
-    assert {canvas_of(20, rng, 0.0) for _ in range(9)} == {32}
-    assert {canvas_of(n, rng, 1.0) >= n + 1 for n in range(1, 512)} == {True}
+    tight, plain, roomy = (replace(SMALL, tight=t, roomy=r) for t, r in ((1.0, 0.0), (0.0, 0.0), (0.0, 1.0)))
+    assert {canvas_of(20, rng, plain) for _ in range(9)} == {32}
+    assert {canvas_of(20, rng, roomy) for _ in range(9)} == {64}
+    assert {canvas_of(20, rng, tight) for _ in range(40)} == {24, 32}
+    assert all(n < canvas_of(n, rng, one) <= 512 for n in range(1, 512) for one in (tight, plain, roomy))
 
 
 # --- runs ---
@@ -293,7 +296,7 @@ def test_every_kind_learns(kind):
 
 @pytest.mark.slow
 def test_a_small_network_learns_64_samples_by_heart():
-    one = collate([row(*draw(Random(i), replace(SMALL, roomy=0.0), 0.0)) for i in range(64)])
+    one = collate([row(*draw(Random(i), replace(SMALL, tight=0.0, roomy=0.0), 0.0)) for i in range(64)])
     run = Run(Shape(hidden=128, layers=4, heads=4, ffn=352), Config(steps=400, lr=8e-3, warmup=20, bfloat16=False), SMALL)
     from hasten.train import pretrain
 
