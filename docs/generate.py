@@ -22,6 +22,7 @@ BENCH = re.compile(r"<!-- bench:plain -->.*?<!-- /bench:plain -->", re.DOTALL)
 KERNELS = re.compile(r"<!-- bench:kernels -->.*?<!-- /bench:kernels -->", re.DOTALL)
 CURVES = re.compile(r"<!-- bench:curves -->.*?<!-- /bench:curves -->", re.DOTALL)
 MINIS = re.compile(r"<!-- minis -->.*?<!-- /minis -->", re.DOTALL)
+CANVAS = re.compile(r"<!-- bench:canvas -->.*?<!-- /bench:canvas -->", re.DOTALL)
 SPEC = re.compile(r"<!-- bench:spec -->.*?<!-- /bench:spec -->", re.DOTALL)
 ROOT = DOCS.parent
 
@@ -330,6 +331,29 @@ def spec() -> str:
     return f"<!-- bench:spec -->\n{text}\n\n{table(head, rows)}\n\n{passes}\n<!-- /bench:spec -->"
 
 
+def canvases() -> str:
+    """The table of bench/results/canvas.json: what presets and baselines of canvas decoding cost and get right."""
+    path = ROOT / "bench" / "results" / "canvas.json"
+    if not path.is_file():
+        return "<!-- bench:canvas -->\nNot measured yet: `python bench/canvas.py`.\n<!-- /bench:canvas -->"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    about, rows = result["machine"], []
+    for canvas, arms in result["canvases"].items():
+        for name, one in arms.items():
+            methods = ", ".join(f"`{method}`" for method in result["arms"][name])
+            worlds = ", ".join(f"{world} {figures['speedup']:.1f}x" for world, figures in one["worlds"].items())
+            cells = (_spread(one["accuracy"]), _spread(one["nfe"]), _spread(one["speedup"], "x"))
+            rows.append((canvas, f"{name} ({methods})", *cells, worlds))
+    text = (
+        f"{result['model']}, greedy, batch 1, unseen tasks of three seeds, every answer verified; medians over seeds (range "
+        f"in brackets), {about['threads']} threads of {about['cpu']}, {about['date']}; `python bench/canvas.py` repeats it "
+        "([result file](../bench/results/canvas.json)). Speed is the wall time of the one-token reference sampler without "
+        "a cache divided by the arm's, over whole requests."
+    )
+    head = ("canvas", "methods", "right, percent", "forwards per answer", "speed", "by world")
+    return f"<!-- bench:canvas -->\n{text}\n\n{table(head, rows)}\n<!-- /bench:canvas -->"
+
+
 def minis() -> str:
     """The cards of the models that come with the package: how they were trained, exact answers, calibration."""
     from hasten.models.catalog import MINI
@@ -348,7 +372,7 @@ def minis() -> str:
             f"{one['steps_done']} steps, {one['tokens_seen'] / 1e6:.1f} million tokens, {one['minutes']:g} minutes. "
         )
         parts += [
-            facts + one.get("note", ""),
+            (facts + one.get("note", "")).strip(),
             f"Exact answers in percent, and the number of samples, by canvas ({one['exact_match']['how']}):",
             table(("world", *canvases), rows),
             f"Calibration ({one['calibration']['how']}): "
@@ -383,6 +407,8 @@ def pages() -> dict[Path, str]:
         made[path] = CARD.sub(lambda match, block=block: block, text)
     path, cards = DOCS / "mini.md", minis()
     made[path] = MINIS.sub(lambda match: cards, path.read_text(encoding="utf-8"))
+    path, filled = DOCS / "diffusion.md", canvases()
+    made[path] = CANVAS.sub(lambda match: filled, path.read_text(encoding="utf-8"))
     path, compared = DOCS / "speculative.md", spec()
     made[path] = SPEC.sub(lambda match: compared, path.read_text(encoding="utf-8"))
     return made

@@ -17,7 +17,7 @@ if "HASTEN_TEST_LIBRARY" in os.environ:  # a build of its own, such as that of t
     library.PLACES[:] = [Path(os.environ["HASTEN_TEST_LIBRARY"])]
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.load_profile("ci")
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 _MISSING: list[str] = []
 
 

@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     ROOT / "README.md",
+    ROOT / "docs" / "diffusion.md",
     ROOT / "docs" / "mini.md",
     ROOT / "docs" / "native.md",
     ROOT / "docs" / "speculative.md",

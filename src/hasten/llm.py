@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from hasten import registry
 from hasten.engine.limits import LIMITS
 from hasten.errors import ConfigError, HastenError, IncompatibleError, out_of_range, unknown_name
-from hasten.types import Event, Output, Request, SamplingParams
+from hasten.types import Event, MethodCard, Output, Request, SamplingParams
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hasten.engine.contracts import Capabilities, MethodContext
     from hasten.engine.engine import Parts
     from hasten.models.load import Loaded
+    from hasten.policy import Policy
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, object]
 AUTO: tuple[str, ...] = ("prompt-lookup", "token-recycling")  # what "auto" drafts with: exact, untrained, any causal model
 TRAINED = ("aded", "fspad")  # and with those of these that were made for the model
 # On the native stack only the first of each: beside its short passes the others take longer than they save (bench/spec.py).
+_SLOT = re.compile(r"<mask:(\d{1,7})>")
 _SAMPLING = tuple(f.name for f in fields(SamplingParams))
 
 
@@ -135,6 +139,29 @@ class LLM:
         request, parts = self._request(self._chat_ids(messages), method, sampling)
         return self._events(request, parts)
 
+    def fill(self, text: str, *, method: str | Sequence[str] = "auto", **sampling: Any) -> Output:
+        """Fill every `<mask:N>` of `text` with N tokens that fit what stands before and after; an Output with all text.
+
+        For models that fill canvases. Its `tokens` are those from the first slot on. Raises ConfigError without a slot, for
+        slots that begin the text of a model without a start token, and for max_tokens, which the slots decide.
+        """
+        if "max_tokens" in sampling:
+            raise ConfigError("max_tokens is given; the slots say how much is filled", field="max_tokens")
+        head, *rest = _SLOT.split(text)
+        if not rest:
+            raise ConfigError("text has no slot", hint="mark one with <mask:8>, for eight tokens", field="text")
+        template: list[int] = []
+        for size, fixed in zip(rest[::2], rest[1::2], strict=True):
+            if not 1 <= int(size) <= LIMITS.max_tokens:
+                raise out_of_range("text", f"<mask:{size}>", f"slots of 1 to {LIMITS.max_tokens} tokens")
+            template += [-1] * int(size) + (self._text_ids(fixed) if fixed else [])
+        prompt = self._ids(head) if head else self.encode("")
+        if not prompt:
+            raise ConfigError("text begins with a slot; this model needs a token before it", field="text")
+        request, parts = self._request(prompt, method, sampling, text)
+        out = self._run([(replace(request, template=tuple(template)), parts)])[0][0]
+        return replace(out, text=head + out.text)
+
     def _run(self, requests: Sequence[tuple[Request, Parts]]) -> list[list[Output]]:
         failures: list[str] = []
 
@@ -211,10 +238,13 @@ class LLM:
         return tuple(names)
 
     def _build(self, names: tuple[str, ...]) -> Parts:
-        from hasten.engine.contracts import MethodContext, check_needs
+        from hasten.engine.contracts import MethodContext
         from hasten.engine.engine import PLAIN, Parts
-        from hasten.engine.union import Union
+        from hasten.union import Union
 
+        masked = self.model.capabilities.kind == "masked"
+        if masked:
+            names = registry.expand(names)
         slugs = [registry.parse(name)[0] for name in names]
         if not slugs:
             raise ConfigError("method is empty; method must be 'auto', 'plain' or method names", field="method")
@@ -229,10 +259,12 @@ class LLM:
         context = MethodContext(self.name, self.model, self.tokenizer)
         cards = [registry.card(slug) for slug in slugs]
         for i, one in enumerate(cards):
-            check_needs(one.slug, one.needs, self.name, self.model.capabilities)
+            _check_needs(one, self.name, self.model.capabilities)
             for other in cards[:i]:
                 if one.slug == other.slug or other.slug in one.conflicts or one.slug in other.conflicts:
                     raise IncompatibleError(f"method {one.slug!r} cannot be combined with {other.slug!r}", field="method")
+        if masked:
+            return Parts(canvas=self._canvas(names, context), method=tuple(slugs))
         drafters = [name for name, one in zip(names, cards, strict=True) if one.plugs_into == "draft"]
         rules = [name for name, one in zip(names, cards, strict=True) if one.plugs_into == "logits"]
         if len(drafters) + len(rules) < len(names):
@@ -249,6 +281,21 @@ class LLM:
             measured=True,
             method=tuple(slugs),
         )
+
+    def _canvas(self, names: Sequence[str], context: MethodContext) -> Policy:
+        """The policy that these methods make together; what they leave open is the reference sampler's."""
+        from hasten.policy import Policy
+
+        joined = Policy()
+        for name in names:
+            part = registry.build(name, context)
+            if not isinstance(getattr(part, "policy", None), Policy):
+                raise IncompatibleError(
+                    f"method {registry.parse(name)[0]!r} has no part in filling a canvas", field="method"
+                )
+            joined = joined.join(part.policy)
+        base = registry.build("reference", context)
+        return joined.over(base.policy).over(base.rest).check(context.capabilities)
 
     def _expect_costs(self) -> None:
         """Tell the engine what passes cost here, from this machine's profile (measured at first use, in under a second)."""
@@ -325,7 +372,7 @@ class LLM:
 
     def score(self, prompt: Prompt, text: Prompt) -> Score:
         """Log-probabilities of `text` after `prompt` under the model's raw distribution (text tokenised on its own)."""
-        from hasten.engine.scoring import score
+        from hasten.scoring import score
 
         before = self._ids(prompt)
         after = self._text_ids(text)
@@ -385,3 +432,14 @@ class LLM:
             "threads": torch.get_num_threads(),
             "backbone": self.model.name,
         }
+
+
+def _check_needs(card: MethodCard, model: str, capabilities: Capabilities) -> None:
+    """Raise IncompatibleError naming the method and the model unless every need is among its capabilities."""
+    for need in card.needs:
+        if not capabilities.has(need):
+            raise IncompatibleError(
+                f"method {card.slug!r} needs {need!r}, which model {model!r} ({capabilities.kind}) does not offer",
+                hint="choose another method (`hasten methods`) or another model",
+                field="method",
+            )

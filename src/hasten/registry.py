@@ -21,6 +21,13 @@ from hasten.types import MethodCard
 
 FOLDERS = ("draft", "unmask", "logits", "compress", "reduce", "arch", "embed", "privacy")
 _GROUP = "hasten.methods"
+PRESETS: Mapping[str, tuple[str, ...]] = {
+    "auto": ("reference", "freedave"),
+    "plain": ("reference",),
+    "exact": ("reference", "freedave"),
+    "fast": ("threshold", "canvas-cache"),
+    "few-step": ("eoser-ass",),
+}  # what the names stand for on a model that fills canvases
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +105,17 @@ def works() -> tuple[Work, ...]:
     stored = json.loads((resources.files("hasten") / "works.json").read_text(encoding="utf-8"))
     landed = modules()
     return tuple(Work(**{**entry, "state": "works" if entry["slug"] in landed else "planned"}) for entry in stored)
+
+
+def expand(names: tuple[str, ...]) -> tuple[str, ...]:
+    """`names` with each preset of canvas methods replaced by its parts; raises ConfigError for a preset with settings."""
+    out: list[str] = []
+    for name in names:
+        slug, settings = parse(name)
+        if slug in PRESETS and settings:
+            raise ConfigError(f"{slug!r} is a preset of {', '.join(PRESETS[slug])}; give settings to those", field="method")
+        out += PRESETS.get(slug, (name,))
+    return tuple(out)
 
 
 def parse(spec: str) -> tuple[str, dict[str, str]]:

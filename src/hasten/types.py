@@ -6,7 +6,7 @@ Everything here is frozen, standard-library only and safe to share between threa
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -139,13 +139,15 @@ class Request:
     """One thing to generate from: prompt token ids (never empty), how to sample, and which methods to use.
 
     `prompt_text` is kept for the record only; the engine reads ids. `method` is "auto" (exact methods only), "plain",
-    one slug, or a tuple of slugs that combine.
+    one slug, or a tuple of slugs that combine. `template` is the canvas of a masked model, after the prompt: fixed tokens,
+    and -1 for every slot to fill; None is a canvas of max_tokens slots.
     """
 
     prompt: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     method: tuple[str, ...] = ("auto",)
     prompt_text: str = ""
+    template: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -153,6 +155,11 @@ class Request:
         for v in self.prompt:
             if isinstance(v, bool) or not isinstance(v, int) or v < 0:
                 raise out_of_range("prompt", v, "token ids >= 0")
+        for v in self.template or ():
+            if isinstance(v, bool) or not isinstance(v, int) or v < -1:
+                raise out_of_range("template", v, "token ids, or -1 for a slot")
+        if self.template is not None and -1 not in self.template:
+            raise ConfigError("template has no slot; template must hold at least one -1", field="template")
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +253,15 @@ class Event:
     backbone: str = ""
     logprob: TokenLogprob | None = None
     output: Output | None = None
+
+
+def commit_log(events: Iterable[Event]) -> Mapping[int, list[tuple[int, int, int, float]]]:
+    """Choice -> [(step, position, token, confidence)] of every commit, in the order they happened."""
+    log: dict[int, list[tuple[int, int, int, float]]] = {}
+    for event in events:
+        if event.kind == "commit":
+            log.setdefault(event.choice, []).append((event.step, event.position, event.token, event.confidence))
+    return log
 
 
 @dataclass(frozen=True, slots=True)

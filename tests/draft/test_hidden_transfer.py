@@ -14,10 +14,10 @@ from hasten.draft.lud import Lud
 from hasten.engine.cache import Past
 from hasten.engine.contracts import Feedback, RowView
 from hasten.engine.engine import PLAIN, Parts
-from hasten.engine.union import Union
 from hasten.errors import ConfigError, FormatError, IncompatibleError
 from hasten.models.feature import identity
 from hasten.models.pseudo import TransferMaps, load_maps
+from hasten.union import Union
 
 MODES = ("two-phase", "fused")
 

@@ -16,11 +16,11 @@ from hasten.draft.lud import Config, Lud
 from hasten.engine.contracts import Feedback, LogitsRule, RowView
 from hasten.engine.engine import PLAIN, Parts
 from hasten.engine.sampling import draw, uniform
-from hasten.engine.union import Union
 from hasten.errors import ConfigError, FormatError, IncompatibleError
 from hasten.models.pseudo import TrainedInputs, load_inputs
 from hasten.train import ahead
 from hasten.types import Request, SamplingParams
+from hasten.union import Union
 
 SAMPLINGS = {"greedy": {}, "sampled": {"temperature": 0.7, "top_p": 0.9}}
 

@@ -15,11 +15,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from hasten.engine.engine import PLAIN, Engine, Parts
 from hasten.engine.scheduler import QueueFullError
-from hasten.engine.scoring import score
-from hasten.engine.text import StopText
-from hasten.engine.trace import commit_log
 from hasten.errors import ConfigError, ContextLengthError, HastenError, MemoryFitError
-from hasten.types import Request, SamplingParams
+from hasten.scoring import score
+from hasten.text import StopText
+from hasten.types import Request, SamplingParams, commit_log
 
 
 class Letters:

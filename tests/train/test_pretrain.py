@@ -28,7 +28,7 @@ from hasten.train.objectives import (
     nelbo,
 )
 from hasten.train.pretrain import Config, Run, objective
-from hasten.train.worlds import WORLDS, Sample, split_of
+from hasten.worlds import WORLDS, Sample, split_of
 
 TINY = Shape(hidden=32, layers=2, heads=2, ffn=48)
 SMALL = Mixture(tokens=1100)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hasten.errors import ConfigError
 from hasten.train import alphabet
-from hasten.train.worlds import SPLITS, WORLDS, split_of
+from hasten.worlds import SPLITS, WORLDS, split_of
 
 SOME = [pytest.param(world, id=name) for name, world in WORLDS.items()]
 SEEDS = st.integers(0, 2**32)
@@ -111,7 +111,7 @@ def _documented(name: str) -> list[str]:
     import importlib
     import re
 
-    text = importlib.import_module(f"hasten.train.worlds.{name}").__doc__ or ""
+    text = importlib.import_module(f"hasten.worlds.{name}").__doc__ or ""
     return re.findall(r"`([^`]+)` -> ", text)
 
 

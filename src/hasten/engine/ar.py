@@ -34,9 +34,9 @@ from hasten.engine.contracts import (
 from hasten.engine.limits import LIMITS
 from hasten.engine.masks import CAUSAL, Tree
 from hasten.engine.sampling import Sampler, token_logprob
-from hasten.engine.text import StopText
 from hasten.engine.trace import Trace
 from hasten.engine.verify import check_draft, check_law, depths, verify
+from hasten.text import StopText
 from hasten.types import FinishReason, Output, Request, TokenLogprob, Usage
 
 

@@ -30,31 +30,24 @@ class LayerCache(Protocol):
 
     def advance(self, tokens: int) -> None:
         """Commit the first `tokens` positions of the last pass."""
-        ...
 
     def gather(self, base: int, slots: Sequence[int]) -> None:
         """Keep only these slots of the last pass, in this order."""
-        ...
 
     def truncate(self, length: int) -> None:
         """Forget everything after `length` positions."""
-        ...
 
     def fork(self) -> LayerCache:
         """An independent copy."""
-        ...
 
     def snapshot(self) -> Any:
         """A value that `restore` takes back."""
-        ...
 
     def restore(self, snapshot: Any) -> None:
         """Return to a snapshot."""
-        ...
 
     def nbytes(self) -> int:
         """Memory held, in bytes."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@
     LogitsRule     open / apply / advance / fork         logits/*; grammars, contrastive rules, per row and stateful
     canvas parts, TokenReducer, Compressor               engine/parts.py
 
-A part says what it needs and what it cannot be combined with; `check_needs` refuses at construction, naming both sides.
+A part says what it needs and what it cannot be combined with; LLM refuses at construction, naming both sides.
 Words (root, node, law, feedback, canvas, commit) are those of the design. Tensors handed out are row-local views: they
 are left alone after the call, so keep a clone if you keep anything.
 """
@@ -21,7 +21,6 @@ from torch import Tensor
 
 from hasten.engine.cache import CachePool, Past, RowCache
 from hasten.engine.masks import CAUSAL, Visibility
-from hasten.errors import IncompatibleError
 
 ModelKind = Literal["causal", "masked", "encoder-decoder"]
 CacheKind = Literal["kv", "kv_sparse", "recurrent", "cross"]
@@ -38,7 +37,8 @@ class Capabilities:
 
     `visibilities` names the attention rules it can honour; `cache_exact` those under which its KV cache is exact.
     `logit_shift` is 1 when the hidden state at p-1 predicts token p of a canvas (Dream), else 0. `mask_id` is None for
-    models without a mask token. `truncate` is False for caches that can only snapshot and restore (recurrent layers).
+    models without a mask token; `block` is the block size of block-causal ones, `eot_id` ends a chat turn. `truncate` is
+    False for caches that can only snapshot and restore (recurrent layers).
     """
 
     kind: ModelKind
@@ -57,6 +57,8 @@ class Capabilities:
     mask_id: int | None = None
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    eot_id: int | None = None
+    block: int | None = None
 
     def has(self, need: str) -> bool:
         """Whether the named need is met: a model kind, a flag, a visibility, or `mask_id`."""
@@ -228,15 +230,12 @@ class Backbone(Protocol):
 
     def pool(self, budget_bytes: int) -> CachePool:
         """A pool of row caches of this model's layout, at most `budget_bytes` large."""
-        ...
 
     def serves(self, rows: Sequence[RowInput], needs: Needs) -> bool:
         """Whether this backbone can honour every row's visibility, hooks and the needs (else the oracle runs)."""
-        ...
 
     def run(self, rows: Sequence[RowInput], needs: Needs = NO_NEEDS) -> Pass:
         """One forward pass over ragged rows; a row's result does not depend on the other rows beyond rounding."""
-        ...
 
 
 # --- logits ----------------------------------------------------------------------------------------------------------
@@ -253,19 +252,15 @@ class LogitsRule(Protocol):
 
     def open(self, prompt: Sequence[int], max_tokens: int) -> Any:
         """The state before the first generated token."""
-        ...
 
     def apply(self, state: Any, logits: Tensor) -> Tensor:
         """New logits [vocab] for the next token; forbidden tokens get -inf, and at least one stays finite."""
-        ...
 
     def advance(self, state: Any, token: int) -> Any:
         """The state after `token` was committed (or tried along a draft path)."""
-        ...
 
     def forced(self, state: Any) -> Sequence[int]:
         """Tokens that must follow (empty when there is a choice); the engine may commit them without sampling."""
-        ...
 
 
 # --- drafting --------------------------------------------------------------------------------------------------------
@@ -357,35 +352,27 @@ class Drafter(Protocol):
     @property
     def needs(self) -> Needs:
         """What it wants to hear of every pass; asked before each pass, so that it may change."""
-        ...
 
     def max_nodes(self, budget: int) -> int:
         """Nodes this drafter proposes at most when `budget` are affordable."""
-        ...
 
     def open(self, row: int, prompt: Sequence[int]) -> None:
         """A row joins; called once, before any draft or report of it."""
-        ...
 
     def propose(self, rows: Sequence[RowView], budgets: Sequence[int]) -> Sequence[Draft]:
         """One draft per row, at most its budget of nodes; an empty draft is ordinary decoding."""
-        ...
 
     def observe(self, feedback: Sequence[Feedback]) -> None:
         """What came of the last drafts."""
-        ...
 
     def close(self, row: int) -> None:
         """A row leaves; its state is dropped."""
-        ...
 
     def state_dict(self) -> dict[str, Tensor]:
         """Shared state worth keeping between runs."""
-        ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict` gave; raises ConfigError when it belongs to another model."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -400,14 +387,3 @@ class MethodContext:
     def capabilities(self) -> Capabilities:
         """The model's capabilities."""
         return self.backbone.capabilities
-
-
-def check_needs(part: str, needs: Sequence[str], model: str, capabilities: Capabilities) -> None:
-    """Raise IncompatibleError naming `part` and `model` unless every need is among the model's capabilities."""
-    for need in needs:
-        if not capabilities.has(need):
-            raise IncompatibleError(
-                f"method {part!r} needs {need!r}, which model {model!r} ({capabilities.kind}) does not offer",
-                hint="choose another method (`hasten methods`) or another model",
-                field="method",
-            )

@@ -6,20 +6,22 @@ import secrets
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
+from typing import Any
 
 from hasten.engine.ar import AutoregressiveLoop, Row
 from hasten.engine.budget import PassCost
 from hasten.engine.cache import RowCache
+from hasten.engine.canvas import Canvas, CanvasLoop
 from hasten.engine.contracts import Backbone, Drafter, Law, LogitsRule
 from hasten.engine.limits import LIMITS
 from hasten.engine.sampling import Sampler, choice_seed
 from hasten.engine.scheduler import Scheduler, Ticket
-from hasten.engine.text import StopText, TextDecoder
 from hasten.engine.trace import Trace
 from hasten.engine.verify import check_law
-from hasten.errors import ConfigError, ContextLengthError, HastenError, IncompatibleError, out_of_range
+from hasten.errors import ConfigError, ContextLengthError, IncompatibleError, out_of_range
+from hasten.text import StopText, TextDecoder
 from hasten.types import Event, Output, Request
 
 
@@ -30,7 +32,7 @@ class Parts:
     `law` None picks the drafter's own where it names one, else the exact one: greedy at temperature 0, else match, or
     rejection for drafts that are sampled.
     `budget` is the most draft nodes per step; with `measured` only the nodes that pay on this machine are
-    verified, else all that the drafter proposes.
+    verified, else all that the drafter proposes. `canvas` (a hasten.policy.Policy) is how a masked model decodes.
     """
 
     drafter: Drafter | None = None
@@ -39,6 +41,7 @@ class Parts:
     budget: int = 16
     measured: bool = False
     method: tuple[str, ...] = ("plain",)
+    canvas: Any = None
 
 
 PLAIN = Parts()
@@ -60,10 +63,10 @@ class Engine:
         rows: int = LIMITS.rows,
         queue: int = LIMITS.queue,
     ) -> None:
-        if backbone.capabilities.kind != "causal":
+        if backbone.capabilities.kind not in ("causal", "masked"):
             raise IncompatibleError(
-                f"model kind {backbone.capabilities.kind!r} cannot be decoded left to right by this engine",
-                hint="load a causal model",
+                f"model kind {backbone.capabilities.kind!r} cannot be decoded by this engine",
+                hint="load a causal or masked model",
                 field="model",
             )
         self.backbone = backbone
@@ -71,6 +74,8 @@ class Engine:
         self.scheduler = Scheduler(backbone.pool(cache_bytes), rows, queue)
         self._decoder = decoder
         self._loop = AutoregressiveLoop(backbone, self.trace)
+        self.canvas_loop = CanvasLoop(backbone, self.trace)
+        self._step = self.canvas_loop.step if backbone.capabilities.kind == "masked" else self._loop.step
         self._request_ids, self._row_ids = count(1), count(1)
         self._open: dict[int, int] = {}
         self._inboxes: dict[int, deque[Event]] = {}
@@ -112,6 +117,8 @@ class Engine:
             )
         if sampling.stop and self._decoder is None:
             raise ConfigError("stop strings need a tokenizer; this engine has none", hint="use stop_ids", field="stop")
+        if caps.kind == "masked" or parts.canvas is not None or request.template is not None:
+            return self._add_canvas(request, parts)
         draws = parts.drafter.draws if parts.drafter else "point"
         exact: Law = "greedy" if sampling.greedy else "match" if draws == "point" else "rejection"
         law: Law = parts.law or getattr(parts.drafter, "law", None) or exact
@@ -165,13 +172,43 @@ class Engine:
         self._open[request_id] = sampling.n
         return request_id
 
+    def _add_canvas(self, request: Request, parts: Parts) -> int:
+        """Queue a request of a masked model."""
+        caps, policy = self.backbone.capabilities, parts.canvas
+        if caps.kind != "masked":
+            raise IncompatibleError(
+                f"a {caps.kind} model has no canvas to fill", hint="load a masked model", field="method"
+            )
+        if policy is None or parts.drafter is not None or parts.rules:
+            raise IncompatibleError("a masked model needs canvas methods and nothing else", field="method")
+        seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed
+        first = policy.open(request, caps)
+        ends = frozenset() if request.sampling.ignore_eos or request.template else frozenset(caps.eos_ids)
+        request_id, added_s = next(self._request_ids), self.trace.now()
+
+        def start(caches: list[RowCache]) -> list[Canvas]:
+            return [
+                Canvas(
+                    id=next(self._row_ids), request_id=request_id, choice=choice, request=request, policy=policy,
+                    state=replace(first, seed=choice_seed(seed, choice)), cache=cache, eos_ids=ends, added_s=added_s,
+                    text=StopText(self._decoder() if self._decoder else None, request.sampling.stop),
+                    started_s=self.trace.now(), method=parts.method, shown=first.prompt_len,
+                )
+                for choice, cache in enumerate(caches)
+            ]  # fmt: skip
+
+        slots = len(first.tokens) + (policy.stepper.most - 1) * (len(first.tokens) - first.window[0])
+        self.scheduler.enqueue(Ticket(request_id, request.sampling.n, slots if policy.cache.stores else 1, start))
+        self._open[request_id] = request.sampling.n
+        return request_id
+
     def step(self) -> list[Event]:
         """Admit what fits, advance every running row by one pass, and return the events of this step."""
         self.trace.step += 1
         list(self.scheduler.admit())
         if self.scheduler.running:
             with getattr(self.backbone, "alone", nullcontext)():  # a backbone with threads of its own
-                self._loop.step(self.scheduler.running)
+                self._step(self.scheduler.running)
             for row in [row for row in self.scheduler.running if row.reason is not None]:
                 self._retire(row)
         events = self.trace.take()
@@ -182,14 +219,14 @@ class Engine:
 
     def _retire(self, row: Row) -> None:
         """End a row: wake choices that waited for its prompt, free its memory, tell the trace."""
-        for other in self.scheduler.running:
+        for other in self.scheduler.running if isinstance(row, Row) else ():
             if other.lead is row:
                 if row.cache.length >= row.prompt_len - 1:
                     other.cache.copy_from(row.cache)
                     other.cache.truncate(row.prompt_len - 1)
                 other.lead = None
         self.scheduler.retire(row)
-        if row.drafter is not None and row.opened:
+        if isinstance(row, Row) and row.drafter is not None and row.opened:
             row.drafter.close(row.id)
             self._loop.budget.book(row.drafter).acceptance.forget(row.id)
         if row.error:
@@ -261,9 +298,3 @@ class Engine:
                 watch(event)
             if event.output is not None:
                 outputs.setdefault(event.request, []).append(event.output)
-
-
-def failed(output: Output, events: Sequence[Event] = ()) -> HastenError:
-    """The error a caller sees for an output that ended in "error"."""
-    text = next((event.text for event in events if event.kind == "error"), "generation failed")
-    return HastenError(text, hint="check the model file; load it in float32")

@@ -24,6 +24,7 @@ class Limits:
     messages: int = _limit(256, "messages", "chat messages per request")
     rows: int = _limit(32, "rows", "sequences advanced together in one step")
     queue: int = _limit(1_024, "requests", "requests waiting for a row")
+    canvas: int = _limit(256, "tokens", "canvas of a masked model when max_tokens is not given")
     prefill_chunk: int = _limit(512, "tokens", "prompt tokens of one row read per step, so that others keep moving")
     step_tokens: int = _limit(2_048, "tokens", "query tokens of all rows in one target pass")
     draft_budget: int = _limit(31, "nodes", "nodes of one row verified per pass at most; fewer where they do not pay")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from hasten.engine.ar import Row
 from hasten.engine.cache import CachePool, RowCache
 from hasten.errors import HastenError, MemoryFitError, out_of_range
 
@@ -22,7 +22,7 @@ class Ticket:
     request_id: int
     choices: int
     slots: int
-    start: Callable[[list[RowCache]], list[Row]]
+    start: Callable[[list[RowCache]], Sequence[Any]]
 
 
 class Scheduler:
@@ -33,7 +33,7 @@ class Scheduler:
             raise out_of_range("rows", max_rows, "at least 1")
         self.pool, self.max_rows, self.max_queue = pool, max_rows, max_queue
         self.waiting: deque[Ticket] = deque()
-        self.running: list[Row] = []
+        self.running: list[Any] = []  # rows of the loop that the model needs
 
     @property
     def idle(self) -> bool:
@@ -60,7 +60,7 @@ class Scheduler:
             raise QueueFullError(f"{len(self.waiting)} requests are waiting already", hint="try again later")
         self.waiting.append(ticket)
 
-    def admit(self) -> Iterator[Row]:
+    def admit(self) -> Iterator[Any]:
         """Start waiting requests in order while rows and memory last; yields the new rows."""
         while self.waiting and len(self.running) + self.waiting[0].choices <= self.max_rows:
             ticket = self.waiting[0]
@@ -77,7 +77,7 @@ class Scheduler:
                 self.running.append(row)
                 yield row
 
-    def retire(self, row: Row) -> None:
+    def retire(self, row: Any) -> None:
         """A row has ended: its memory is free for others."""
         self.running.remove(row)
         row.cache.release()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hasten.types import Event, EventKind
@@ -32,12 +31,3 @@ class Trace:
         """All events since the last call, in order."""
         events, self._events = self._events, []
         return events
-
-
-def commit_log(events: Iterable[Event]) -> Mapping[int, list[tuple[int, int, int, float]]]:
-    """Choice -> [(step, position, token, confidence)] of every commit, in the order they happened."""
-    log: dict[int, list[tuple[int, int, int, float]]] = {}
-    for event in events:
-        if event.kind == "commit":
-            log.setdefault(event.choice, []).append((event.step, event.position, event.token, event.confidence))
-    return log

@@ -13,7 +13,7 @@ from torch import Tensor
 from hasten.train import alphabet
 from hasten.train.mixture import CANVASES, Batch, Mixture, collate, draw, row, sample_of
 from hasten.train.network import Network
-from hasten.train.worlds import WORLDS, Sample, Split, World, split_of
+from hasten.worlds import WORLDS, Sample, Split, World, split_of
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 SAMPLES = {32: 60, 64: 60, 128: 24, 256: 12, 512: 6}

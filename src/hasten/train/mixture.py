@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hasten.errors import out_of_range
 from hasten.train import alphabet
-from hasten.train.worlds import WORLDS, Sample, Split, World, split_of
+from hasten.worlds import WORLDS, Sample, Split, World, split_of
 
 CANVASES = (32, 64, 128, 256, 512)
 _CANVAS_WEIGHTS = (0.45, 0.44, 0.075, 0.025, 0.01)

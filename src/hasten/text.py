@@ -11,11 +11,9 @@ class TextDecoder(Protocol):
 
     def push(self, token: int) -> str:
         """New whole characters after this token ("" while a character is incomplete)."""
-        ...
 
     def flush(self) -> str:
         """What is left at the end."""
-        ...
 
 
 class StopText:

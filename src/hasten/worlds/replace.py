@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from random import Random
 from typing import Any
 
-from hasten.train.worlds.base import Sample, World, letters, share, size_of
+from hasten.worlds.base import Sample, World, letters, share, size_of
 
 SIZES = (3, 8)
 

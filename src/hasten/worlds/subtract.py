@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from random import Random
 from typing import Any
 
-from hasten.train.worlds.base import Sample, World, size_of
+from hasten.worlds.base import Sample, World, size_of
 
 SIZES = (2, 3)
 

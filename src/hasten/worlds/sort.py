@@ -7,7 +7,7 @@ from itertools import pairwise
 from random import Random
 from typing import Any
 
-from hasten.train.worlds.base import Sample, World, letters, size_of
+from hasten.worlds.base import Sample, World, letters, size_of
 
 SIZES = (3, 8)
 

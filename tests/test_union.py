@@ -12,15 +12,15 @@ from drafters import Clock, Oracle, RandomTree, Sampled, Stub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import hasten.engine.union as unions
+import hasten.union as unions
 from hasten.draft.prompt_lookup import Config as LookupConfig
 from hasten.draft.prompt_lookup import PromptLookup
 from hasten.draft.token_recycling import Config, TokenRecycling
 from hasten.engine.contracts import Draft, MethodContext, Needs
 from hasten.engine.engine import PLAIN, Parts
-from hasten.engine.union import Union, merge
 from hasten.errors import ConfigError
 from hasten.types import Request, SamplingParams
+from hasten.union import Union, merge
 
 
 @st.composite

@@ -3,8 +3,8 @@
 One file per world. `WORLDS` holds them by name; prompts of the splits train, dev and test never meet (`split_of`).
 """
 
-from hasten.train.worlds import add, close, copy, records, remove, replace, reverse, shuffle, sort, subtract, sums
-from hasten.train.worlds.base import SPLITS, Sample, Split, World, split_of
+from hasten.worlds import add, close, copy, records, remove, replace, reverse, shuffle, sort, subtract, sums
+from hasten.worlds.base import SPLITS, Sample, Split, World, split_of
 
 WORLDS: dict[str, World] = {
     module.WORLD.name: module.WORLD

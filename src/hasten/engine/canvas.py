@@ -1,0 +1,281 @@
+"""The canvas loop: plan block -> forward -> one step of the policy -> commit, for rows that fill a window of masks.
+
+Rows advance on their own: in one pass some start a block over the whole canvas while others recompute a window over their
+cached keys, or check several drafted states of it at once. What a step decides is the policy's (hasten.policy); this file
+owns positions, caches, forwards and the trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hasten.engine.cache import RowCache
+from hasten.engine.contracts import Backbone, Pass, RowInput
+from hasten.engine.masks import FULL, BlockCausal, Explicit, Visibility
+from hasten.engine.parts import CanvasRow, Forward, Taken
+from hasten.engine.trace import Trace
+from hasten.text import StopText
+from hasten.types import FinishReason, Output, Request, Usage
+
+_LARGE = 8192  # vocabulary from which arg-max and log-sum-exp of the backbone are worth carrying along
+
+
+@dataclass(slots=True, eq=False)
+class Canvas:
+    """One choice of one request on its way: its state, the forward last seen of it, cache, text and counters."""
+
+    id: int
+    request_id: int
+    choice: int
+    request: Request
+    policy: Any  # hasten.policy.Policy: open, begin, advance, cache, stepper, everywhere, ahead, final
+    state: CanvasRow
+    text: StopText
+    cache: RowCache
+    eos_ids: frozenset[int]
+    added_s: float
+    started_s: float
+    method: tuple[str, ...]
+    seen: Forward | None = None
+    shown: int = 0  # positions whose text is out
+    forwards: int = 0
+    computed: int = 0
+    reason: FinishReason | None = None
+    stop: str | int | None = None
+    error: str = ""
+
+    def output(self, now_s: float) -> Output:
+        """The finished choice; `now_s` is on the trace clock."""
+        state = self.state
+        end = state.end if self.reason == "length" else self.shown
+        usage = Usage(
+            prompt_tokens=state.prompt_len,
+            completion_tokens=end - state.prompt_len,
+            forwards=self.forwards,
+            computed_tokens=self.computed,
+            decode_s=now_s - self.started_s,
+        )
+        return Output(
+            text=self.text.text,
+            tokens=tuple(state.tokens[state.prompt_len : end].tolist()),
+            finish_reason=self.reason or "abort",
+            usage=usage,
+            seed=state.seed,
+            choice=self.choice,
+            method=self.method,
+            stop=self.stop,
+        )
+
+
+@lru_cache(maxsize=64)
+def _branch_mask(low: int, high: int, length: int, count: int) -> Tensor:
+    """bool [T, length + T]: each of `count` windows [low, high) sees the cached keys outside it, and itself."""
+    n = high - low
+    allowed = torch.zeros(count * n, length + count * n, dtype=torch.bool)
+    allowed[:, :low] = True
+    allowed[:, high:length] = True
+    for i in range(count):
+        allowed[i * n : (i + 1) * n, length + i * n : length + (i + 1) * n] = True
+    return allowed
+
+
+@dataclass(slots=True)
+class _Turn:
+    """One canvas's part of a pass: the states it computes, and over which queries."""
+
+    canvas: Canvas
+    branches: Sequence[CanvasRow]
+    refresh: bool
+    low: int
+    high: int
+    positions: Tensor
+
+
+class CanvasLoop:
+    """Advances canvases of one backbone by one pass per step; `provisional` candidates are told to the trace on request."""
+
+    def __init__(self, backbone: Backbone, trace: Trace) -> None:
+        self.backbone, self.trace = backbone, trace
+        self.provisional = False
+        block = backbone.capabilities.block
+        self._visibility: Visibility = FULL if block is None else BlockCausal(block)
+
+    @torch.inference_mode()
+    def step(self, canvases: Sequence[Canvas]) -> None:
+        """One pass over `canvases`; finished ones have `reason` set afterwards. A pass that raises has changed nothing."""
+        turns = [turn for canvas in canvases if (turn := self._turn(canvas)) is not None]
+        inputs: list[RowInput] = []
+        for turn in turns:
+            inputs += self._inputs(turn)
+        if not inputs:
+            return
+        done = self.backbone.run(inputs)
+        finite = torch.isfinite(done.logits).all(-1)
+        if self.backbone.capabilities.mask_id is not None:
+            done.logits[:, self.backbone.capabilities.mask_id] = -torch.inf
+        at = 0
+        for turn in turns:
+            forwards, rows, at = self._forwards(turn, done, at)
+            self._kept(turn)
+            canvas = turn.canvas
+            if bool(finite[rows].all()):
+                self._settle(canvas, turn.branches, forwards)
+                fresh = 0 if turn.refresh else canvas.state.fresh + 1
+                canvas.state = replace(canvas.state, fresh=fresh, stored=canvas.cache.length)
+            else:
+                canvas.cache.scrub()
+                canvas.reason, canvas.error = "error", "the model's logits are not finite"
+
+    def _turn(self, canvas: Canvas) -> _Turn | None:
+        """What this canvas computes next, after all steps that need no forward; None when it is finished."""
+        caps, policy = self.backbone.capabilities, canvas.policy
+        while canvas.reason is None:
+            if not canvas.state.left and not self._next_block(canvas):
+                return None
+            state = canvas.state
+            low, high = state.window
+            branches: Sequence[CanvasRow] = [state]
+            if low < high:
+                branches = policy.stepper.branches(state, canvas.seen, policy.advance)
+            if not branches:
+                self._settle(canvas, (), ())
+                continue
+            refresh = policy.cache.refresh(state)
+            queries = policy.cache.span(state, refresh, caps.logit_shift)
+            wanted = torch.zeros_like(state.accepted)
+            wanted[low:high] = True
+            if low == high:
+                wanted[low : state.end] = True
+            elif policy.everywhere:
+                wanted |= state.masked
+            wanted[: queries[0] + (caps.logit_shift if queries[0] else 0)] = False
+            wanted[queries[1] :] = False
+            return _Turn(canvas, branches, refresh, queries[0], queries[1], wanted.nonzero()[:, 0])
+        return None
+
+    def _next_block(self, canvas: Canvas) -> bool:
+        """Go to the next block with open positions; False (and `reason` set) when the canvas is full."""
+        while not canvas.state.left:
+            canvas.seen = None
+            canvas.state = replace(canvas.state, window=(canvas.state.window[1],) * 2, fresh=-1, step_in_block=0)
+            if canvas.state.window[1] >= canvas.state.end:
+                canvas.reason = "length"
+                self._show(canvas, Taken(canvas.state))
+                return False
+            if canvas.policy.ahead and bool(canvas.state.masked.any()):
+                return True
+            self._begin(canvas, None)
+        return True
+
+    def _begin(self, canvas: Canvas, seen: Forward | None) -> None:
+        canvas.state = canvas.policy.begin(canvas.state, seen)
+        low, high = canvas.state.window
+        self._emit(canvas, "block", position=low, total=high)
+
+    def _inputs(self, turn: _Turn) -> list[RowInput]:
+        """Rows of the pass: one with the states side by side over a cache that is kept, else one per state."""
+        canvas, low, high = turn.canvas, turn.low, turn.high
+        shift = self.backbone.capabilities.logit_shift
+        index = ((turn.positions - shift).clamp(min=low) - low).tolist()
+        span, count = torch.arange(low, high), len(turn.branches)
+        canvas.computed += (high - low) * count
+        canvas.forwards += 1
+        self._emit(canvas, "forward", total=(high - low) * count, backbone=self.backbone.name)
+        if not canvas.policy.cache.stores:
+            return [RowInput(one.tokens[low:high], span, None, self._visibility, tuple(index)) for one in turn.branches]
+        if count == 1:
+            return [RowInput(turn.branches[0].tokens[low:high], span, canvas.cache, self._visibility, tuple(index), low)]
+        tokens = torch.cat([one.tokens[low:high] for one in turn.branches])
+        wanted = tuple(i + k * (high - low) for k in range(count) for i in index)
+        length = canvas.cache.length
+        seen = Explicit(_branch_mask(low, high, length, count))
+        return [RowInput(tokens, span.repeat(count), canvas.cache, seen, wanted, length)]
+
+    def _forwards(self, turn: _Turn, done: Pass, at: int) -> tuple[list[Forward], slice, int]:
+        """What the pass computed for each state of a turn whose rows start at `at`, its logit rows, and the next start."""
+        count, size = len(turn.branches), len(turn.positions)
+        first, large = done.logit_starts[at], self.backbone.capabilities.vocab_size >= _LARGE
+        out = []
+        for i in range(count):
+            rows = slice(first + i * size, first + (i + 1) * size)
+            best = torch.tensor(done.best[rows]) if large and done.best is not None else None
+            lse = torch.tensor(done.log_sum_exp[rows]) if large and done.log_sum_exp is not None else None
+            if best is not None and self.backbone.capabilities.mask_id in best.tolist():
+                best = lse = None  # both counted the mask token
+            out.append(Forward(done.logits[rows], turn.positions, best, lse))
+        return out, slice(first, first + count * size), at + (1 if turn.canvas.policy.cache.stores else count)
+
+    @staticmethod
+    def _kept(turn: _Turn) -> None:
+        """Commit the keys that stay valid after the pass."""
+        cache, policy = turn.canvas.cache, turn.canvas.policy.cache
+        if policy.stores:
+            length = policy.length(turn.canvas.state, turn.refresh, turn.high)
+            if length > cache.length:
+                cache.advance(length - cache.length)
+            elif length < cache.length:
+                cache.truncate(length)
+
+    def _settle(self, canvas: Canvas, branches: Sequence[CanvasRow], forwards: Sequence[Forward]) -> None:
+        """Take the steps that this pass allows."""
+        policy = canvas.policy
+        if canvas.state.window[0] == canvas.state.window[1]:
+            self._begin(canvas, forwards[0])
+            if not canvas.state.left:
+                return
+            branches = [canvas.state]
+        taken, canvas.seen = policy.stepper.settle(canvas.state, canvas.seen, branches, forwards, policy.advance)
+        for one in taken:
+            canvas.state = one.row
+            if self._show(canvas, one):
+                return
+        if self.provisional and canvas.seen is None and forwards and canvas.state.left:
+            self._guess(canvas, forwards[0])
+
+    def _show(self, canvas: Canvas, taken: Taken) -> bool:
+        """Tell the trace of a step's commits and release the text that is final now; True when the canvas has ended."""
+        state, new = canvas.state, ""
+        end = state.end if canvas.policy.final or not state.left else state.window[0]
+        first = (
+            int((~state.accepted[canvas.shown : end]).to(torch.uint8).argmax()) + canvas.shown
+            if canvas.shown < end
+            else end
+        )
+        if canvas.shown < end and state.accepted[first]:
+            first = end
+        for token in state.tokens[canvas.shown : first].tolist():
+            canvas.shown += 1
+            if token in canvas.eos_ids or token in state.sampling.stop_ids:
+                canvas.reason, canvas.stop = "stop", token
+            else:
+                new += canvas.text.push(token)
+                if canvas.text.found is not None:
+                    canvas.reason, canvas.stop = "stop", canvas.text.found
+            if canvas.reason == "stop":
+                break
+        if canvas.reason is not None:
+            new += canvas.text.finish()
+        writes = taken.writes
+        if new and not writes:
+            writes = ((canvas.shown - 1, int(state.tokens[canvas.shown - 1]), 1.0),)
+        for i, (at, token, score) in enumerate(writes, 1):
+            self._emit(canvas, "commit", position=at, token=token, confidence=score, text=new if i == len(writes) else "")
+        return canvas.reason is not None
+
+    def _guess(self, canvas: Canvas, forward: Forward) -> None:
+        """Tell the trace what the model now thinks of the open positions it has just seen."""
+        masked = canvas.state.masked[forward.positions]
+        best = forward.logits[masked].softmax(-1).max(-1)
+        for at, token, prob in zip(
+            forward.positions[masked].tolist(), best.indices.tolist(), best.values.tolist(), strict=True
+        ):
+            self._emit(canvas, "propose", position=at, token=token, confidence=prob)
+
+    def _emit(self, canvas: Canvas, kind: str, **fields: object) -> None:
+        self.trace.emit(kind, canvas.request_id, canvas.choice, canvas.added_s, **fields)  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""Parts of the canvas loop: how masked-diffusion models decode. One method per file; hasten.policy joins them."""
