@@ -367,7 +367,10 @@ def small_recipes(monkeypatch):
     """The recipes with networks and numbers of steps for tests."""
     monkeypatch.setattr(
         minis, "MINIS",
-        {name: replace(one, shape=replace(TINY, kind=one.shape.kind), steps=2) for name, one in minis.MINIS.items()},
+        {
+            name: replace(one, shape=replace(TINY, kind=one.shape.kind), steps=2, matching=False)
+            for name, one in minis.MINIS.items()
+        },
     )  # fmt: skip
 
 
@@ -375,7 +378,7 @@ def small_recipes(monkeypatch):
 def test_a_recipe_writes_a_model_with_its_card(name, small_recipes, tmp_path):
     from hasten.train.released import read
 
-    how = {"tokens": 1100, "counts": {32: 1}, "work": tmp_path / "work", "out": tmp_path / name}
+    how = {"tokens": 1100, "counts": {}, "work": tmp_path / "work", "out": tmp_path / name}
     facts = minis.pretrain(name, **how)
     assert (facts["name"], facts["license"], facts["steps_done"]) == (name, "Apache-2.0", 2)
     assert facts["tokens_seen"] > facts["answer_tokens_seen"] > 0
@@ -383,8 +386,24 @@ def test_a_recipe_writes_a_model_with_its_card(name, small_recipes, tmp_path):
     assert minis.pretrain(name, **how)["minutes"] == facts["minutes"], "a finished run is only measured again"
 
 
+def test_the_recipe_of_mini_dlm_begins_with_layers_that_match(monkeypatch, tmp_path):
+    recipe = minis.MINIS["mini-dlm"]
+    assert recipe.matching
+    small = replace(recipe, shape=Shape(hidden=128, ffn=64, layers=2), steps=1, lr=1e-9)
+    monkeypatch.setattr(minis, "MINIS", {"mini-dlm": small})
+    how = {"tokens": 1100, "counts": {}, "work": tmp_path / "work", "out": tmp_path / "out"}
+    facts = minis.pretrain("mini-dlm", **how)
+    assert facts["started_from"] == "matching context"
+    expected = Network(small.shape)
+    minis.matching.begin(expected)
+    from hasten.train.released import read
+
+    made = read(tmp_path / "out").get_parameter("layers.0.k.weight")
+    assert torch.allclose(made, expected.get_parameter("layers.0.k.weight"), atol=1e-3)
+
+
 def test_minutes_become_steps_once(small_recipes, tmp_path):
-    how = {"tokens": 1100, "counts": {32: 1}, "work": tmp_path / "work", "out": tmp_path / "out", "minutes": 0.002}
+    how = {"tokens": 1100, "counts": {}, "work": tmp_path / "work", "out": tmp_path / "out", "minutes": 0.002}
     facts = minis.pretrain("mini-ar", **how)
     assert facts["steps_done"] >= 1
     assert minis.pretrain("mini-ar", **how)["steps_done"] == facts["steps_done"]
