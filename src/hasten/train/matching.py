@@ -1,14 +1,16 @@
 """A start from which looking things up is learnt at once: the first two layers begin as a circuit that matches context.
 
-A masked token can often be copied from where its neighbours stand elsewhere. A network finds that out only after millions of
-tokens; here it begins with it (compare "Mimetic initialization", arXiv 2305.09828, which does it for other patterns). Layer 0:
-head h reads the token at one of the offsets -1, 1, -2, 2, found by rotary angles alone. Layer 1: a head looks for places whose
-neighbours are those of the query, away from masked ones, and copies what stands there. All of it is trained like the rest.
+A masked token can often be copied from where its neighbours stand elsewhere. A network finds that out only after millions
+of tokens; here it begins with it (compare "Mimetic initialization", arXiv 2305.09828, which does it for other patterns).
+Layer 0: head h reads the token at one of the offsets -1, 1, -2, 2, found by rotary angles alone. Layer 1: a head looks for
+places whose neighbours are those of the query, away from masked ones, and copies what stands there. All of it is trained
+like the rest.
 """
 
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -39,9 +41,7 @@ def begin(network: Network, seed: int = 0, match: float = 25.0) -> None:
         mark = network.embed.weight
         mark[:, 0], mark[:, 1] = LEVEL, 0.0
         mark[alphabet.MASK, 1] = LEVEL
-        first, second = network.layers[0], network.layers[1]
-        assert isinstance(first, Layer)
-        assert isinstance(second, Layer)
+        first, second = (cast(Layer, one) for one in network.layers[:2])
         codes = _neighbours(first, size, shape.theta, generator)
         _lookup(second, size, codes, match, generator)
 
