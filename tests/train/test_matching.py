@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hasten.errors import ConfigError
 from hasten.train import alphabet, network
-from hasten.train.matching import OFFSETS, begin
+from hasten.train.matching import HELD, OFFSETS, begin, hold
 from hasten.train.network import Network, Shape
 
 
@@ -60,9 +60,23 @@ def test_the_second_layer_looks_where_the_neighbours_are_the_same(looked):
 def test_it_is_a_start_and_no_more():
     net, plain = begun(), Network(Shape())
     for name, weight in net.named_parameters():
-        if "layers.2" in name or "layers.3" in name or "ffn" in name or "gate" in name:
+        if "layers.2" in name or "layers.3" in name or "gate" in name:
             assert torch.equal(weight, plain.get_parameter(name))
     assert torch.equal(begun().layers[1].q.weight, net.layers[1].q.weight)
     for shape in (Shape(layers=1), Shape(heads=8), Shape(kind="causal"), Shape(hidden=64)):
         with pytest.raises(ConfigError, match="four heads"):
             begin(Network(shape))
+
+
+def test_the_circuit_is_held_at_first_and_the_marks_for_good():
+    net = begun()
+    for step in (1, HELD - 1, HELD):
+        for weight in net.parameters():
+            weight.grad = torch.ones_like(weight)
+        hold(net, step)
+        held = {name for name, weight in net.named_parameters() if not weight.grad.any()}
+        parts = {"layers.0": ("q", "k", "v", "out", "attn_norm"), "layers.1": ("q", "k", "attn_norm")}
+        circuit = {f"{layer}.{part}.weight" for layer, names in parts.items() for part in names}
+        assert held == (circuit if step < HELD else set())
+        assert not net.embed.weight.grad[:, :2].any()
+        assert net.embed.weight.grad[:, 2:].all()

@@ -26,7 +26,7 @@ Progress = Callable[[str, int, int], None]
 class Mini:
     """A recipe: what it makes, how many steps at which rate, and the model whose weights it begins with ("": fresh).
 
-    `matching`: fresh weights of the first two layers match context (`train/matching.py`).
+    `matching`: the first two layers begin as a circuit that matches context, held for a while (`train/matching.py`).
     """
 
     summary: str
@@ -82,7 +82,8 @@ def pretrain(
     first = _first(recipe, start)
     if minutes is not None:
         steps = _planned(recipe, minutes, mixture, work / "plan.json")
-    run = Run(recipe.shape, Config(steps=steps or recipe.steps, lr=recipe.lr, seed=seed, every=250), mixture)
+    config = Config(steps=steps or recipe.steps, lr=recipe.lr, seed=seed, every=250)
+    run = Run(recipe.shape, config, mixture, hold=matching.hold if recipe.matching else None)
     if recipe.matching:
         for network in (run.network, run.averaged):
             matching.begin(network, seed)
