@@ -27,7 +27,7 @@ from hasten.train.assess import BLOCK, samples, write
 from hasten.train.mixture import Batch, collate, row
 from hasten.train.network import Network
 from hasten.train.released import export, read
-from hasten.unmask.dparallel import entropy
+from hasten.unmask.dparallel import entropy, folders
 from hasten.worlds import WORLDS, Sample, World
 
 Progress = Callable[[str, int, int], None]
@@ -251,7 +251,7 @@ def calibrate(table: Mapping[float, Mapping[str, float]], reference: float) -> f
 
 def folder_of(model: str) -> Path:
     """The folder of a small model: a path, or the name of one that comes with the package or was trained here."""
-    for folder in (Path(model), MINI / model, cache_dir() / "minis" / model):
+    for folder in folders(model):
         if (folder / "config.json").is_file():
             return folder
     raise unknown_name("model", model, {path.parent.name for path in MINI.glob("*/config.json")}, "give a folder")

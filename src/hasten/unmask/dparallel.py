@@ -81,13 +81,18 @@ def entropy(logits: Tensor) -> Tensor:
     return -(probs * (probs + 1e-12).log()).sum(-1)
 
 
+def folders(model: str) -> tuple[Path, ...]:
+    """Where a model may lie: at the path itself, with the package, or where `hasten train` leaves small models."""
+    return Path(model), Path(models.__file__).parent / "mini" / model, cache_dir() / "minis" / model
+
+
 def calibrated(model: str) -> float:
     """The threshold that training left in the card.json of a model's folder, 0.5 nats where there is none.
 
     `model` is a folder, or the name of one that comes with the package or that `hasten train` made. Raises FormatError for
     a card with another value than a number of nats.
     """
-    for folder in (Path(model), Path(models.__file__).parent / "mini" / model, cache_dir() / "minis" / model):
+    for folder in folders(model):
         stored = read_json(folder / "card.json").get("dparallel")
         if stored is not None:
             tau = stored.get("tau") if isinstance(stored, dict) else None
