@@ -21,7 +21,7 @@ from hasten.train.network import Network, Shape
 from hasten.train.objectives import Masking, block_loss, causal_loss, loss, mask_blocks, mask_samples
 
 Report = Callable[[int, float], None]
-Hold = Callable[[Network, int], None]
+Hold = Callable[[Network, float], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,8 @@ class Config:
 class Run:
     """One training: the network, its averaged weights, optimisers, and how far it has come.
 
-    Batch, masks and rate depend on the step alone. `hold(network, step)` may take gradients away before they are used.
+    Batch, masks and rate depend on the step alone. `hold(network, share of the
+    run that is over)` may take gradients away before they are used.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class Run:
             return None
         value.backward()  # type: ignore[no-untyped-call]
         if self.hold is not None:
-            self.hold(self.network, self.step)
+            self.hold(self.network, self.step / c.steps)
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), c.clip)
         for optimiser in self.optimisers:
             optimiser.step()
