@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from canvases import MASK, Masked, policy, prompts, run
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hasten import registry
@@ -23,9 +23,9 @@ DELIMITERS = set(range(1, MASK, 4))
 NEWLINE = 5
 
 
-def planned(confidences: dict[int, float], length: int = 40, **settings: object) -> int:
+def planned(confidences: dict[int, float], length: int = 40, **knobs: object) -> int:
     """Length of the first block when the model predicts a delimiter at these offsets with these probabilities."""
-    names = {"ids": str(NEWLINE), "block": 8, **settings}
+    names = {"ids": str(NEWLINE), "block": 8, **knobs}
     made = policy(MODEL, "adablock:" + ",".join(f"{key}={value}" for key, value in names.items()))
     row = made.open(Request((9, 9, 9), SamplingParams(max_tokens=length)), MODEL.capabilities)
     logits = torch.full((length, MODEL.capabilities.vocab_size), -40.0)
@@ -40,7 +40,7 @@ def planned(confidences: dict[int, float], length: int = 40, **settings: object)
 
 
 @pytest.mark.parametrize(
-    ("confidences", "settings", "length"),
+    ("confidences", "knobs", "length"),
     [
         ({}, {}, 8),
         ({4: 0.9}, {}, 5),
@@ -58,10 +58,11 @@ def planned(confidences: dict[int, float], length: int = 40, **settings: object)
         ({4: 0.2}, {"tau": 0}, 5),
     ],
 )
-def test_a_block_ends_at_the_surest_delimiter(confidences, settings, length):
-    assert planned(confidences, **settings) == length
+def test_a_block_ends_at_the_surest_delimiter(confidences, knobs, length):
+    assert planned(confidences, **knobs) == length
 
 
+@settings(max_examples=40)
 @given(st.dictionaries(st.integers(0, 39), st.floats(0.2, 1.0), max_size=8), st.floats(0, 1), st.integers(1, 50))
 def test_any_confidences_give_the_published_rule(confidences, tau, block):
     near = {k: p for k, p in confidences.items() if k < 10}
@@ -97,11 +98,11 @@ def plain(model: Masked, prompt: list[int], length: int, tau: float, block: int,
     return x[len(prompt) :], forwards, blocks
 
 
-@pytest.mark.parametrize(("length", "tau"), [(24, 0.1), (29, 0.15), (40, 0.0)])
+@pytest.mark.parametrize(("length", "tau"), [(24, 0.1), (29, 0.0)])
 @pytest.mark.parametrize("model", [MODEL, SHIFTED], ids=["full", "shifted"])
 def test_a_canvas_is_the_plain_loop(model, length, tau):
     varied = set()
-    for prompt in prompts(4, seed=length):
+    for prompt in prompts(3, seed=length):
         events: list[Event] = []
         names = (f"adablock:ids={IDS},tau={tau},block=6", "threshold:tau=0.25")
         out = run(model, [prompt], *names, events=events, max_tokens=length)[0]
@@ -131,7 +132,7 @@ def test_without_delimiters_blocks_are_fixed(model, cache):
 def test_a_ragged_batch_is_its_rows_alone(cache):
     names = (f"adablock:ids={IDS},tau=0.1,block=6", "threshold:tau=0.25", *filter(None, [cache]))
     for temperature in (0.0, 0.8):
-        many = prompts(5, seed=9)
+        many = prompts(3, seed=9)
         together = run(MODEL, many, *names, temperature=temperature)
         for prompt, out in zip(many, together, strict=True):
             alone = run(MODEL, [prompt], *names, temperature=temperature)[0]
@@ -164,7 +165,7 @@ def test_delimiters_come_from_the_tokenizer():
 
 
 @pytest.mark.parametrize(
-    ("settings", "field"),
+    ("knobs", "field"),
     [
         ("block=0", "adablock.block"),
         ("tau=-0.1", "adablock.tau"),
@@ -175,9 +176,9 @@ def test_delimiters_come_from_the_tokenizer():
         ("tau=0.3", "adablock.ids"),  # no tokenizer, no delimiters
     ],
 )
-def test_bad_settings_are_refused_by_name(settings, field):
+def test_bad_settings_are_refused_by_name(knobs, field):
     with pytest.raises(ConfigError) as caught:
-        policy(MODEL, f"adablock:{settings}")
+        policy(MODEL, f"adablock:{knobs}")
     assert caught.value.field == field
 
 
