@@ -109,12 +109,11 @@ def load_filter(path: str | Path, block: int, model: str) -> Filter:
     return made.eval().requires_grad_(False)
 
 
-def confidences(view: View, row: CanvasRow, block: int) -> Tensor:
+def confidences(view: View, block: int) -> Tensor:
     """float32 [pieces, block]: raw probabilities of the window's candidates, final ones too; zeros behind the window."""
-    low, high = row.window
-    probs = torch.zeros(-(-(high - low) // block) * block)
     logits, x0 = view.logits[view.inside], view.x0[view.inside]
-    probs[view.positions[view.inside] - low] = (logits.gather(-1, x0[:, None])[:, 0] - logits.logsumexp(-1)).exp()
+    probs = torch.zeros(-(-len(x0) // block) * block)
+    probs[: len(x0)] = (logits.gather(-1, x0[:, None])[:, 0] - logits.logsumexp(-1)).exp()
     return probs.view(-1, block)
 
 
@@ -134,16 +133,16 @@ class FilterSelector(_Part):
     def __init__(self, config: Config, trained: Filter) -> None:
         self.tau, self.filter = config.tau, trained
 
-    def final(self, view: View, row: CanvasRow) -> Tensor:
+    def final(self, view: View) -> Tensor:
         """bool [P]: open positions of the window that the filter trusts."""
-        says = self.filter(confidences(view, row, self.filter.block)).sigmoid().flatten() > self.tau
+        says = self.filter(confidences(view, self.filter.block)).sigmoid().flatten() > self.tau
         trusted = torch.zeros_like(view.masked)
-        trusted[view.inside] = says[view.positions[view.inside] - row.window[0]]
+        trusted[view.inside] = says[: int(view.inside.sum())]
         return trusted & view.masked
 
     def select(self, history: Any, view: View, row: CanvasRow, quota: int) -> tuple[Any, Tensor]:
         """(history, bool [P])."""
-        return history, self.final(view, row) | top(view, quota)
+        return history, self.final(view) | top(view, quota)
 
 
 class EndOfText(_Part):
@@ -174,7 +173,7 @@ class EndOfText(_Part):
 
     def _predicted(self, view: View, row: CanvasRow) -> int:
         ends = torch.isin(view.x0, self.ids) & view.masked
-        trusted = ends & self.selector.final(view, row)
+        trusted = ends & self.selector.final(view)
         if bool(trusted.any()):
             return int(view.positions[trusted][0])
         if self.mode == "eager" and bool(ends.any()):
