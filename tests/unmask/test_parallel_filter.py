@@ -20,7 +20,7 @@ from hasten.train.recipes import train as train_recipe
 from hasten.types import SamplingParams
 
 MODEL = Scripted()
-CONFIG = Config(canvas=24, block=8, steps=400)
+CONFIG = Config(canvas=24, block=8, steps=1500)
 
 
 def quiet(what: str, done: int, total: int) -> None:
@@ -121,14 +121,14 @@ def test_the_recipe_makes_a_filter_that_the_method_finds(tmp_path, monkeypatch):
     model.capabilities = MODEL.capabilities
     seen: list[str] = []
     facts = train_recipe(
-        "learn2pd", language_model(model), Recipe(prompts=90, canvas=32, steps=800), progress=lambda what, done, total: seen.append(what)
+        "learn2pd", language_model(model), Recipe(prompts=100, canvas=32, steps=1000), progress=lambda what, done, total: seen.append(what)
     )
     assert set(seen) == {"writing answers", "replaying answers", "training"}
     assert facts["path"].endswith("drafters/tiny/learn2pd.safetensors")
     assert facts["parameters"] == 2112
     assert facts["oracle_forwards"] < facts["reference_forwards"]
     plain = run(model, tasks(12), "reference", ignore_eos=False, max_tokens=32)
-    quick = run(model, tasks(12), f"learn2pd:tau={facts['tau_1_percent']}", ignore_eos=False, max_tokens=32)
+    quick = run(model, tasks(12), "learn2pd", ignore_eos=False, max_tokens=32)
     assert sum(out.usage.forwards for out in quick) <= 0.6 * sum(out.usage.forwards for out in plain)
     same = sum(a.tokens == b.tokens for a, b in zip(plain, quick, strict=True))
     assert same >= 11
