@@ -1,7 +1,8 @@
 """Writes the pages that are made from the code: `make docs`. A test checks that the committed pages are current.
 
 cli.md, limits.md, works.md and results.md are written whole. In methods/<slug>.md the block between the two card marks,
-and in the README the table between the two bench marks, is written; the rest of the page is the author's.
+in the README the table between the two bench marks, and in mini.md what the cards of the small models say, is written; the
+rest of the page is the author's.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ CARD = re.compile(r"<!-- card -->.*?<!-- /card -->", re.DOTALL)
 BENCH = re.compile(r"<!-- bench:plain -->.*?<!-- /bench:plain -->", re.DOTALL)
 KERNELS = re.compile(r"<!-- bench:kernels -->.*?<!-- /bench:kernels -->", re.DOTALL)
 CURVES = re.compile(r"<!-- bench:curves -->.*?<!-- /bench:curves -->", re.DOTALL)
+MINIS = re.compile(r"<!-- minis -->.*?<!-- /minis -->", re.DOTALL)
+CANVAS = re.compile(r"<!-- bench:canvas -->.*?<!-- /bench:canvas -->", re.DOTALL)
 SPEC = re.compile(r"<!-- bench:spec -->.*?<!-- /bench:spec -->", re.DOTALL)
 ROOT = DOCS.parent
 
@@ -56,7 +59,8 @@ def cli() -> str:
     for command in app.registered_commands:
         function: Any = command.callback
         hints = get_type_hints(function, include_extras=True)
-        rows = [_row(parameter, hints[name]) for name, parameter in inspect.signature(function).parameters.items()]
+        parameters = inspect.signature(function).parameters
+        rows = [_row(one, hints[name]) for name, one in parameters.items() if hints[name] is not typer.Context]
         arguments = [row[0].strip("`") for row in rows if not row[0].startswith("`--")]
         title = " ".join([f"## hasten {command.name}", *arguments])
         parts += [title, inspect.getdoc(function) or "", table(("option", "default", "meaning"), rows)]
@@ -327,6 +331,56 @@ def spec() -> str:
     return f"<!-- bench:spec -->\n{text}\n\n{table(head, rows)}\n\n{passes}\n<!-- /bench:spec -->"
 
 
+def canvases() -> str:
+    """The table of bench/results/canvas.json: what presets and baselines of canvas decoding cost and get right."""
+    path = ROOT / "bench" / "results" / "canvas.json"
+    if not path.is_file():
+        return "<!-- bench:canvas -->\nNot measured yet: `python bench/canvas.py`.\n<!-- /bench:canvas -->"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    about, rows = result["machine"], []
+    for canvas, arms in result["canvases"].items():
+        for name, one in arms.items():
+            methods = ", ".join(f"`{method}`" for method in result["arms"][name])
+            worlds = ", ".join(f"{world} {figures['speedup']:.1f}x" for world, figures in one["worlds"].items())
+            cells = (_spread(one["accuracy"]), _spread(one["nfe"]), _spread(one["speedup"], "x"))
+            rows.append((canvas, f"{name} ({methods})", *cells, worlds))
+    text = (
+        f"{result['model']}, greedy, batch 1, unseen tasks of three seeds, every answer verified; medians over seeds (range "
+        f"in brackets), {about['threads']} threads of {about['cpu']}, {about['date']}; `python bench/canvas.py` repeats it "
+        "([result file](../bench/results/canvas.json)). Speed is the wall time of the one-token reference sampler without "
+        "a cache divided by the arm's, over whole requests."
+    )
+    head = ("canvas", "methods", "right, percent", "forwards per answer", "speed", "by world")
+    return f"<!-- bench:canvas -->\n{text}\n\n{table(head, rows)}\n<!-- /bench:canvas -->"
+
+
+def minis() -> str:
+    """The cards of the models that come with the package: how they were trained, exact answers, calibration."""
+    from hasten.models.catalog import MINI
+
+    parts = []
+    for path in sorted(MINI.glob("*/card.json")):
+        one = json.loads(path.read_text(encoding="utf-8"))
+        worlds, levels = one["exact_match"]["worlds"], one["calibration"]["levels"]
+        canvases = list(dict.fromkeys(canvas for row in worlds.values() for canvas in row))
+        rows = [
+            (name, *(f"{row[c]['exact']:g} ({row[c]['samples']})" if c in row else "" for c in canvases))
+            for name, row in worlds.items()
+        ]
+        how = one["training"]
+        parts += [
+            f"**{one['name']}**: {one['summary']}. {one['parameters']:,} parameters, seed {how['seed']}, "
+            f"{one['steps_done']} steps, {one['tokens_seen'] / 1e6:.1f} million tokens, {one['minutes']:g} minutes. "
+            f"{one.get('note', '')}".strip(),
+            f"Exact answers in percent, and the number of samples, by canvas ({one['exact_match']['how']}):",
+            table(("world", *canvases), rows),
+            f"Calibration ({one['calibration']['how']}): "
+            + ", ".join(f"{level}: error {v['ece']:g}, right {v['right']:.0%}" for level, v in levels.items())
+            + ".",
+        ]
+    return "\n\n".join(["<!-- minis -->", *parts, "<!-- /minis -->"])
+
+
 def pages() -> dict[Path, str]:
     """Path -> text of every page, or part of a page, that is made from the code."""
     from hasten.registry import modules
@@ -350,6 +404,10 @@ def pages() -> dict[Path, str]:
         text = path.read_text(encoding="utf-8") if path.is_file() else f"# {slug}\n\n<!-- card --><!-- /card -->\n"
         block = card(slug)
         made[path] = CARD.sub(lambda match, block=block: block, text)
+    path, cards = DOCS / "mini.md", minis()
+    made[path] = MINIS.sub(lambda match: cards, path.read_text(encoding="utf-8"))
+    path, filled = DOCS / "diffusion.md", canvases()
+    made[path] = CANVAS.sub(lambda match: filled, path.read_text(encoding="utf-8"))
     path, compared = DOCS / "speculative.md", spec()
     made[path] = SPEC.sub(lambda match: compared, path.read_text(encoding="utf-8"))
     return made

@@ -13,6 +13,7 @@ from hasten import registry
 from hasten.engine.contracts import Backbone, MethodContext, RowInput
 from hasten.engine.engine import Engine, Parts
 from hasten.engine.masks import FULL, BlockCausal
+from hasten.engine.parts import CanvasRow, Forward, View
 from hasten.models.config import ModelConfig
 from hasten.policy import Policy
 from hasten.types import Event, Output, Request, SamplingParams
@@ -91,3 +92,20 @@ def plain_loop(model: Masked, prompt: Sequence[int], length: int, block: int, st
             for i in ranked[:quota]:
                 x[i] = int(probs[i].argmax())
     return x[len(prompt) :], forwards
+
+
+def view_of(score: Sequence[float] | Tensor, open_: Sequence[bool] | Tensor, first: int = 10) -> tuple[View, CanvasRow]:
+    """A step as selectors see it: scores and open flags of a block that starts at position `first`."""
+    score, open_ = torch.as_tensor(score, dtype=torch.float32), torch.as_tensor(open_, dtype=torch.bool)
+    size = len(score)
+    accepted = torch.cat((torch.ones(first, dtype=torch.bool), ~open_))
+    row = CanvasRow(
+        id=0, tokens=torch.full((first + size,), MASK), provenance=torch.tensor([0] * first + [2] * size), accepted=accepted,
+        prompt_len=first, end=first + size, window=(first, first + size), sampling=SamplingParams(), blank=MASK,
+    )  # fmt: skip
+    positions = torch.arange(first, first + size)
+    probs = score.clamp(1e-6, 1 - 1e-6)
+    logits = torch.stack((probs, 1 - probs), 1).log()
+    inside = torch.ones(size, dtype=torch.bool)
+    x0 = torch.zeros(size, dtype=torch.int64)
+    return View(Forward(logits, positions), logits, positions, open_, inside, logits, x0, score, score), row

@@ -14,6 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     ROOT / "README.md",
+    ROOT / "docs" / "diffusion.md",
+    ROOT / "docs" / "mini.md",
     ROOT / "docs" / "native.md",
     ROOT / "docs" / "speculative.md",
     *sorted((ROOT / "docs" / "methods").glob("*.md")),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,6 +27,7 @@ Message = Mapping[str, object]
 AUTO: tuple[str, ...] = ("prompt-lookup", "token-recycling")  # what "auto" drafts with: exact, untrained, any causal model
 TRAINED = ("aded", "fspad")  # and with those of these that were made for the model
 # On the native stack only the first of each: beside its short passes the others take longer than they save (bench/spec.py).
+_SLOT = re.compile(r"<mask:(\d{1,7})>")
 _SAMPLING = tuple(f.name for f in fields(SamplingParams))
 
 
@@ -136,6 +138,29 @@ class LLM:
         """As `stream`, for chat messages."""
         request, parts = self._request(self._chat_ids(messages), method, sampling)
         return self._events(request, parts)
+
+    def fill(self, text: str, *, method: str | Sequence[str] = "auto", **sampling: Any) -> Output:
+        """Fill every `<mask:N>` of `text` with N tokens that fit what stands before and after; an Output with all text.
+
+        For models that fill canvases. Its `tokens` are those from the first slot on. Raises ConfigError without a slot, for
+        slots that begin the text of a model without a start token, and for max_tokens, which the slots decide.
+        """
+        if "max_tokens" in sampling:
+            raise ConfigError("max_tokens is given; the slots say how much is filled", field="max_tokens")
+        head, *rest = _SLOT.split(text)
+        if not rest:
+            raise ConfigError("text has no slot", hint="mark one with <mask:8>, for eight tokens", field="text")
+        template: list[int] = []
+        for size, fixed in zip(rest[::2], rest[1::2], strict=True):
+            if not 1 <= int(size) <= LIMITS.max_tokens:
+                raise out_of_range("text", f"<mask:{size}>", f"slots of 1 to {LIMITS.max_tokens} tokens")
+            template += [-1] * int(size) + (self._text_ids(fixed) if fixed else [])
+        prompt = self._ids(head) if head else self.encode("")
+        if not prompt:
+            raise ConfigError("text begins with a slot; this model needs a token before it", field="text")
+        request, parts = self._request(prompt, method, sampling, text)
+        out = self._run([(replace(request, template=tuple(template)), parts)])[0][0]
+        return replace(out, text=head + out.text)
 
     def _run(self, requests: Sequence[tuple[Request, Parts]]) -> list[list[Output]]:
         failures: list[str] = []

@@ -102,3 +102,44 @@ def test_a_wrong_request_is_refused_before_the_model_is_loaded(hasten, arguments
     result = hasten("train", recipe, "no-such-model", *options)
     assert result.code == 2
     assert message in result.err
+
+
+def test_a_small_model_is_trained_from_nothing(hasten, tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    from hasten.train import assess, minis
+
+    recipe = minis.MINIS["mini-ar"]
+    small = replace(recipe, shape=replace(recipe.shape, hidden=32, layers=1, heads=2, ffn=48))
+    monkeypatch.setattr(minis, "MINIS", {**minis.MINIS, "mini-ar": small})
+    monkeypatch.setattr(assess, "SAMPLES", {32: 1})
+    monkeypatch.setenv("HASTEN_HOME", str(tmp_path))
+    result = hasten("train", "recipes/mini-ar", "--steps", "2", "--tokens", "1100")
+    assert result.code == 0, result.err
+    assert "sort      32: 0 %" in result.out
+    facts = json.loads(hasten("train", "mini-ar", "--steps", "2", "--tokens", "1100", "--json").out)
+    assert (facts["steps_done"], facts["training"]["mixture"]["tokens"]) == (2, 1100)
+    assert Path(facts["path"]).is_relative_to(tmp_path)
+    llm = package.load(facts["path"])
+    assert llm.generate("sort: b a\n", max_tokens=3).usage.completion_tokens <= 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("mini-dlm", "some-model"), "MODEL does not go with recipe 'mini-dlm'"),
+        (("recipes/mini-dlm", "--texts", "30"), "--texts does not go with recipe 'mini-dlm'"),
+        (("mini-ar", "--steps", "3", "--minutes", "2"), "both given"),
+        (("mini-ar", "--start", "somewhere"), "fresh weights"),
+        (("mini-ar", "--threads", "0"), "threads"),
+        (("eagle", "some-model", "--minutes", "3"), "--minutes does not go with recipe 'eagle'"),
+        (("eagle",), "needs the model"),
+        (("mini-dml",), "mini-dlm"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(hasten, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setenv("HASTEN_HOME", str(tmp_path))
+    result = hasten("train", *arguments)
+    assert result.code == 2
+    assert message in result.err
+    assert not list(tmp_path.rglob("*.checkpoint"))

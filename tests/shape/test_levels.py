@@ -67,4 +67,4 @@ def test_every_method_folder_on_disk_is_known_to_the_registry():
 
     assert FOLDERS == METHOD_FOLDERS
     folders = {entry.name for entry in PACKAGE.iterdir() if (entry / "__init__.py").is_file()}
-    assert folders <= {*METHOD_FOLDERS, "engine", "models", "kernels", "train", "bench", "serve", "cli"}
+    assert folders <= {*METHOD_FOLDERS, "engine", "models", "kernels", "train", "bench", "serve", "cli", "worlds"}

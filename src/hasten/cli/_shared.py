@@ -69,11 +69,11 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 def check_methods(names: Iterable[str]) -> None:
     """Refuse an unknown or planned method before a model is loaded; raises as `registry.module` does."""
-    from hasten.registry import module, parse
+    from hasten.registry import PRESETS, module, parse
 
     for name in names:
         slug = parse(name)[0]
-        if slug not in ("auto", "plain"):
+        if slug not in PRESETS:
             module(slug)
 
 

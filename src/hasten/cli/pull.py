@@ -15,7 +15,10 @@ def register(app: typer.Typer) -> None:
 
 
 def pull(
-    name: Annotated[str, typer.Argument(help="A catalog name; `hasten doctor` lists them.")],
+    name: Annotated[
+        str,
+        typer.Argument(help="A catalog name; `hasten doctor` lists them. Those that come with hasten are there already."),
+    ],
     json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
 ) -> None:
     """Fetch a model once, verified; later calls find it in the cache."""

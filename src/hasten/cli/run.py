@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from hasten.cli._canvas import watch_canvas
 from hasten.cli._shared import (
     Activations,
     Backbone,
@@ -55,6 +56,12 @@ def run(
     state: Annotated[
         Path | None, typer.Option(help="File with what drafters have learnt: read if it is there, written at the end.")
     ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show the canvas as it fills: final, provisional and masked places.")
+    ] = False,
+    fill: Annotated[
+        bool, typer.Option("--fill", help="Fill each <mask:N> of the prompt with N tokens (models that fill canvases).")
+    ] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     dtype: Dtype = "auto",
     backbone: Backbone = "auto",
@@ -74,6 +81,8 @@ def run(
         repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty, stop=stop, ignore_eos=ignore_eos, seed=seed,
     )  # fmt: skip
+    if watch and (json or fill):
+        raise ConfigError("--watch shows text as it is made; leave out --json and --fill", field="watch")
     chosen = method or ["auto"]
     check_methods(chosen)
     text = read_stdin() if prompt == "-" else prompt
@@ -91,11 +100,19 @@ def run(
     )
     if state is not None and state.exists():
         llm.load_state(state)
+    if fill:
+        del fields["max_tokens"]
+        filled = llm.fill(text, method=chosen, **fields)
+        typer.echo(as_json(output_json(llm, filled)) if json else filled.text)
+        if stats:
+            print(stats_line(filled), file=sys.stderr)
+        return
     if not raw and llm.tokenizer is not None and llm.tokenizer.chat_template is not None:
         events = llm.chat_stream([{"role": "user", "content": text}], method=chosen, **fields)
     else:
         events = llm.stream(text, method=chosen, **fields)
-    for event in events if json else print_text(events):
+    shown = events if json else watch_canvas(llm, events) if watch else print_text(events)
+    for event in shown:
         if event.output is not None:
             if json:
                 typer.echo(as_json(output_json(llm, event.output)))

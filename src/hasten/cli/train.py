@@ -1,13 +1,17 @@
-"""`hasten train`: make a drafter for a model on this machine."""
+"""`hasten train`: make a drafter for a model on this machine, or one of the small models from nothing."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from hasten.cli._shared import as_json, open_model, progress_bar
+
+_FOR_MINIS = {"recipe", "steps", "minutes", "tokens", "seed", "start", "out", "work", "threads", "json"}
+_FOR_DRAFTERS = {"recipe", "model", "texts", "answer", "steps", "tokens", "vocab", "loss", "seed", "out", "work", "dtype",
+                 "threads", "json"}  # fmt: skip
 
 
 def register(app: typer.Typer) -> None:
@@ -16,29 +20,55 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="What to train: eagle, fspad, medusa, hidden-transfer, lud, tvdpp, aded.")],
-    model: Annotated[str, typer.Argument(help="The model it is for: catalog name, directory, hub id or file.")],
-    texts: Annotated[int, typer.Option(help="Answers of the model to learn from.")] = 1600,
-    answer: Annotated[int, typer.Option(help="Tokens of one answer at most.")] = 160,
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 1200,
-    tokens: Annotated[int, typer.Option(help="Tokens per step.")] = 2048,
-    vocab: Annotated[int, typer.Option(help="Most frequent tokens that are drafted.")] = 8192,
+    context: typer.Context,
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="What to train. For a model: eagle, fspad, medusa, hidden-transfer, lud, tvdpp, aded. "
+            "From nothing: mini-dlm, mini-ar, mini-bdlm."
+        ),
+    ],
+    model: Annotated[
+        str | None, typer.Argument(help="The model a drafter is for: catalog name, directory, hub id or file.")
+    ] = None,
+    texts: Annotated[int, typer.Option(help="Drafters: answers of the model to learn from.")] = 1600,
+    answer: Annotated[int, typer.Option(help="Drafters: tokens of one answer at most.")] = 160,
+    steps: Annotated[int, typer.Option(help="Training steps; the small models have their own number.")] = 1200,
+    minutes: Annotated[
+        float | None, typer.Option(help="Small models: train for about so long, instead of --steps.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens per step; small models: 5120.")] = 2048,
+    vocab: Annotated[int, typer.Option(help="Drafters: most frequent tokens that are drafted.")] = 8192,
     loss: Annotated[str, typer.Option(help="Loss that aligns tvdpp: tvdpp, tvd, kld, mixed or none.")] = "tvdpp",
     seed: Annotated[int, typer.Option(help="Seed of prompts, answers and weights.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="File to write (default: where the method looks for it).")] = None,
+    start: Annotated[Path | None, typer.Option(help="mini-bdlm: directory of the mini-dlm it begins with.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File or directory to write (default: in the cache).")] = None,
     work: Annotated[Path | None, typer.Option(help="Folder for what lets a cut run go on (default: the cache).")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16, for the model.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Drafters: auto, float32 or bfloat16, for the model.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads (default: all).")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
 ) -> None:
-    """Train a drafter on text the model writes itself. A run that is cut goes on where it was; about 45 minutes for
-    smollm2-135m on two cores."""
-    from hasten.errors import unknown_name
+    """Train a drafter on text the model writes itself, about 45 minutes for smollm2-135m on two cores; or one of the small
+    models on procedural tasks, 10 to 80 minutes. A run that is cut goes on where it was."""
+    from hasten.errors import ConfigError, unknown_name
+    from hasten.train.minis import MINIS, plain_name
     from hasten.train.recipes import RECIPES, Recipe
     from hasten.train.recipes import train as run
 
-    if recipe not in RECIPES:
-        raise unknown_name("recipe", recipe, RECIPES)
+    recipe, given = plain_name(recipe), _given(context)
+    if recipe not in (*RECIPES, *MINIS):
+        raise unknown_name("recipe", recipe, [*RECIPES, *MINIS])
+    for name in sorted(given - (_FOR_MINIS if recipe in MINIS else _FOR_DRAFTERS)):
+        option = "MODEL" if name == "model" else f"--{name}"
+        raise ConfigError(f"{option} does not go with recipe {recipe!r}", hint="hasten train --help", field=name)
+    if recipe in MINIS:
+        own: dict[str, Any] = {name: value for name, value in (("steps", steps), ("tokens", tokens)) if name in given}
+        _mini(recipe, threads, json, minutes=minutes, seed=seed, start=start, out=out, work=work, **own)
+        return
+    if model is None:
+        raise ConfigError(
+            f"recipe {recipe!r} needs the model the drafter is for", hint=f"hasten train {recipe} MODEL", field="model"
+        )
     sizes = Recipe(
         texts=texts,
         answer=answer,
@@ -63,3 +93,33 @@ def train(
         ahead = ", ".join(f"{value:.0%}" for value in facts["agreement_by_depth"])
         typer.echo(f"best token as the model's, on texts it has not seen, 1 token ahead and more: {ahead}")
     typer.echo(f"use it: hasten run {model} PROMPT --method {recipe}")
+
+
+def _given(context: typer.Context) -> set[str]:
+    """The parameters that stand on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+def _mini(recipe: str, threads: int | None, json: bool, **how: Any) -> None:
+    """Train one of the small models and say how good it is."""
+    from hasten.errors import out_of_range
+    from hasten.train.minis import pretrain
+
+    if threads is not None:
+        import torch
+
+        if threads < 1:
+            raise out_of_range("threads", threads, "at least 1")
+        torch.set_num_threads(threads)
+    with progress_bar() as progress:
+        facts = pretrain(recipe, progress=progress, **how)
+    if json:
+        typer.echo(as_json(facts))
+        return
+    typer.echo(
+        f"{facts['path']}: {facts['bytes'] / 1e6:.1f} MB, {facts['tokens_seen']:,} tokens in {facts['minutes']:g} min"
+    )
+    for world, row in facts["exact_match"]["worlds"].items():
+        typer.echo(f"{world:<9} " + ", ".join(f"{canvas}: {cell['exact']:g} %" for canvas, cell in row.items()))
+    typer.echo("(answers that are exact, on prompts it has not seen, by size of canvas)")

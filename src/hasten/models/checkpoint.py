@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,61 @@ class Checkpoint:
             return self._open[path].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise FormatError(f"tensor {name} cannot be read: {str(error)[:200]}", path=str(path), field=name) from None
+
+
+class Named:
+    """Stored tensors by their released names without the wrapper's prefix, and which of them have been used."""
+
+    _PREFIXES = ("language_model.model.", "model.language_model.", "language_model.", "model.")
+
+    def __init__(self, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
+        self._read = read
+        self._stored = {self._short(name): name for name in names}
+        self._used: set[str] = set()
+
+    @classmethod
+    def _short(cls, name: str) -> str:
+        return next((name[len(prefix) :] for prefix in cls._PREFIXES if name.startswith(prefix)), name)
+
+    def take(self, name: str) -> Tensor:
+        """One tensor as stored; raises FormatError when it is missing."""
+        if name not in self._stored:
+            raise FormatError(f"weights: tensor {name} is missing", field=name)
+        self._used.add(name)
+        return self._read(self._stored[name])
+
+    def fuse(self, *parts: str) -> Tensor:
+        """The rows of several tensors, one after another."""
+        tensors = [self.take(part) for part in parts]
+        if len({tuple(t.shape[1:]) for t in tensors}) != 1:
+            raise FormatError(f"weights: {', '.join(parts)} have different widths", field=parts[0])
+        return torch.cat(tensors)
+
+    def stack(self, entries: Sequence[Sequence[str]]) -> Tensor:
+        """[entries, rows, columns]: every entry is the rows of several tensors; one entry is read at a time."""
+        first = self.fuse(*entries[0])
+        out = first.new_empty(len(entries), *first.shape)
+        for i, parts in enumerate(entries):
+            one = first if i == 0 else self.fuse(*parts)
+            if one.shape != first.shape:
+                raise FormatError(f"weights: {parts[0]} has another shape than {entries[0][0]}", field=parts[0])
+            out[i] = one
+        return out
+
+    @property
+    def names(self) -> Iterable[str]:
+        """Released names without the prefix."""
+        return self._stored.keys()
+
+    def skip(self, name: str) -> None:
+        """Let a tensor be there or not."""
+        self._used.add(name)
+
+    def finish(self) -> None:
+        """Raise FormatError naming stored tensors that nothing used."""
+        left = sorted(set(self._stored) - self._used)
+        if left:
+            raise FormatError(f"weights: tensors without a place in the model: {', '.join(left[:6])}", field="weights")
 
 
 def checkpoint_files(directory: Path) -> list[Path]:

@@ -3,14 +3,16 @@
 `models/families.py` makes a `ModelConfig` from a released `config.json`, `models/gguf.py` from GGUF metadata;
 `models/transformer.py` builds the stack. Parameter names of the stack (shapes in brackets), layer i:
 
-    embed.weight [vocab, hidden]              norm.weight [hidden]         head.weight [vocab, hidden] (absent when tied)
+    embed.weight [vocab, hidden]              norm.weight [hidden]      head.weight [vocab, hidden] (+ .bias; none if tied)
     layers.i.attn_norm.weight [hidden]        layers.i.post_attn_norm.weight [hidden]   (sandwich norms only)
     layers.i.qkv.weight [(heads + 2 kv_heads) * head_dim, hidden]   (+ .bias)   rows: all q heads, then k, then v
     layers.i.q_norm.weight, k_norm.weight [head_dim]                            (qk_norm only)
+                                          [heads * head_dim], [kv_heads * head_dim]    (qk_norm_whole)
     layers.i.out.weight [hidden, heads * head_dim]   (+ .bias)
     layers.i.ffn_norm.weight [hidden]         layers.i.post_ffn_norm.weight [hidden]    (sandwich norms only)
     layers.i.gate_up.weight [2 ffn, hidden]   (+ .bias)   rows: gate, then up
     layers.i.down.weight [hidden, ffn]        (+ .bias)
+    layers.i.experts.*                        in place of gate_up and down where `experts` holds; see models/moe.py
 
 RMS-norm weights are stored as the factor that multiplies the normalised value: a Gemma checkpoint's offset (1 + w) is
 added once at load. q and k rows are in the half-rotation layout (GGUF llama files interleave; undone at load).
@@ -26,6 +28,7 @@ from hasten.errors import ConfigError, out_of_range
 
 Activation = Literal["silu", "gelu_tanh"]
 RopeKind = Literal["plain", "linear", "llama3", "factors"]
+Kind = Literal["causal", "masked"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +76,58 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
+class Experts:
+    """The feed-forward parts of the layers from `first` on: `count` experts of `width`, of which a token uses `active`.
+
+    A token's experts come from the `active_groups` best of `groups` equal groups (a group counts as its two best). Their
+    scores are sigmoids, to which a stored bias is added for the choice alone (`biased`); the weights are the scores, made
+    to sum to one (`normalised`), times `scale`. `shared` is the width of an expert that every token uses, 0 for none.
+    """
+
+    count: int
+    active: int
+    width: int
+    shared: int = 0
+    first: int = 0
+    groups: int = 1
+    active_groups: int = 1
+    scale: float = 1.0
+    normalised: bool = True
+    biased: bool = True
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("count", 1, 1 << 16),
+            ("width", 1, 1 << 24),
+            ("shared", 0, 1 << 24),
+            ("first", 0, 1024),
+            ("groups", 1, self.count),
+            ("active_groups", 1, self.groups),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise out_of_range(f"experts.{name}", getattr(self, name), f"in [{low}, {high}]")
+        if self.count % self.groups:
+            raise out_of_range("experts.groups", self.groups, f"a divisor of count = {self.count}")
+        if self.groups > 1 and self.count // self.groups < 2:
+            raise out_of_range("experts.groups", self.groups, "groups of at least two experts")
+        most = self.count // self.groups * self.active_groups
+        if not 1 <= self.active <= most:
+            raise out_of_range("experts.active", self.active, f"in [1, {most}]: no more than the chosen groups hold")
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise out_of_range("experts.scale", self.scale, "a positive finite number")
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """Shape and arithmetic of one decoder stack; checked on construction, raises ConfigError naming the field.
 
     Sizes are in elements, `max_len` in tokens. `attn_scale` multiplies q.k; `attn_softcap` and `logit_softcap` are the
-    c of c * tanh(x / c). `embed_scale` multiplies input embeddings (Gemma: sqrt(hidden)). `eos_ids` end a text.
+    c of c * tanh(x / c). `embed_scale` multiplies input embeddings (Gemma: sqrt(hidden)), `logit_scale` the logits before
+    their cap. `qk_norm` normalises every head of q and k, `qk_norm_whole` all heads together. `eos_ids` end a text.
+
+    Of kind "masked", a model predicts the positions that hold `mask_id`: with `logit_shift` 1 from the state one position
+    earlier; within blocks of `block` positions, each of which sees the ones before it, or all at once (None). `eot_id` ends
+    a turn of a conversation.
     """
 
     family: str
@@ -105,6 +155,15 @@ class ModelConfig:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
+    qk_norm_whole: bool = False
+    head_bias: bool = False
+    logit_scale: float = 1.0
+    experts: Experts | None = None
+    kind: Kind = "causal"
+    mask_id: int | None = None
+    eot_id: int | None = None
+    logit_shift: int = 0
+    block: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden", "heads", "kv_heads", "head_dim", "ffn", "max_len"):
@@ -128,7 +187,7 @@ class ModelConfig:
                 raise out_of_range("rope", layer.rope, f"an index below {len(self.ropes)}")
         if self.attn_scale == 0.0:
             object.__setattr__(self, "attn_scale", self.head_dim**-0.5)
-        for name in ("attn_scale", "embed_scale"):
+        for name in ("attn_scale", "embed_scale", "logit_scale"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise out_of_range(name, getattr(self, name), "a positive finite number")
         for name in ("attn_softcap", "logit_softcap"):
@@ -138,19 +197,58 @@ class ModelConfig:
         for token in self.eos_ids:
             if not 0 <= token < self.vocab_size:
                 raise ConfigError(f"eos_ids holds {token}, outside the vocabulary of {self.vocab_size}", field="eos_ids")
+        if self.qk_norm and self.qk_norm_whole:
+            raise ConfigError("qk_norm and qk_norm_whole exclude each other", field="qk_norm")
+        self._check_kind()
+
+    def _check_kind(self) -> None:
+        """What only masked models have: a mask token that is nothing else, a shift, a block."""
+        if self.kind not in ("causal", "masked"):
+            raise out_of_range("kind", self.kind, "causal or masked")
+        if self.kind == "causal":
+            for name, none in (("mask_id", None), ("logit_shift", 0), ("block", None)):
+                if getattr(self, name) != none:
+                    raise ConfigError(f"{name} is for masked models, this one is causal", field=name)
+            return
+        if self.mask_id is None or not 0 <= self.mask_id < self.vocab_size:
+            raise out_of_range("mask_id", self.mask_id, f"a token id below vocab_size = {self.vocab_size} (mask_token_id)")
+        if self.mask_id == self.pad_id:
+            raise out_of_range("mask_id", self.mask_id, "another token than the pad token (mask_token_id, pad_token_id)")
+        if self.mask_id in self.eos_ids:
+            raise out_of_range("mask_id", self.mask_id, "another token than those that end a text (mask_token_id)")
+        if self.logit_shift not in (0, 1):
+            raise out_of_range("logit_shift", self.logit_shift, "0 or 1")
+        if self.block is not None and not 1 <= self.block <= self.max_len:
+            raise out_of_range("block", self.block, f"in [1, {self.max_len}] (block_size)")
 
     @property
     def parameters(self) -> int:
         """Number of weights, tied embeddings counted once."""
         qkv = (self.heads + 2 * self.kv_heads) * self.head_dim * self.hidden
         out = self.heads * self.head_dim * self.hidden
-        per_layer = qkv + out + 3 * self.ffn * self.hidden + (4 if self.sandwich_norms else 2) * self.hidden
+        per_layer = qkv + out + (4 if self.sandwich_norms else 2) * self.hidden
         per_layer += 2 * self.head_dim if self.qk_norm else 0
+        per_layer += (self.heads + self.kv_heads) * self.head_dim if self.qk_norm_whole else 0
         per_layer += (self.heads + 2 * self.kv_heads) * self.head_dim if self.qkv_bias else 0
         per_layer += self.hidden if self.out_bias else 0
-        per_layer += 2 * self.ffn + self.hidden if self.ffn_bias else 0
-        return per_layer * len(self.layers) + self.vocab_size * self.hidden * (1 if self.tied else 2) + self.hidden
+        dense = 3 * self.ffn * self.hidden + (2 * self.ffn + self.hidden if self.ffn_bias else 0)
+        n, e = len(self.layers), self.experts
+        mixed = 0 if e is None else max(0, n - e.first)
+        total = per_layer * n + dense * (n - mixed)
+        if e is not None:
+            total += mixed * ((e.count * e.width + e.shared) * 3 * self.hidden + e.count * (self.hidden + e.biased))
+        total += self.vocab_size if self.head_bias else 0
+        return total + self.vocab_size * self.hidden * (1 if self.tied else 2) + self.hidden
 
     def kv_bytes(self, tokens: int, itemsize: int) -> int:
         """Bytes of key/value cache for `tokens` positions at `itemsize` bytes per number."""
         return 2 * len(self.layers) * self.kv_heads * self.head_dim * tokens * itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedConfig:
+    """What is known of an adapted model: its released `family`, number of `parameters`, and `vocab_size`."""
+
+    family: str
+    parameters: int
+    vocab_size: int

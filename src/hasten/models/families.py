@@ -6,87 +6,55 @@ absent fields are those of the released configuration classes.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hasten.errors import FormatError, UnsupportedError, out_of_range
+from hasten.models import masked
+from hasten.models.checkpoint import Named
 from hasten.models.config import Layer, ModelConfig, Rope
+from hasten.models.fields import Fields
+from hasten.models.masked import MASKED
+from hasten.models.tokenizer import Tokenizer
 
-FAMILIES = ("llama", "smollm3", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
-_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+FAMILIES = ("llama", "smollm3", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", *MASKED)
 _DROPPED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
 
 
-class _Fields:
-    """Typed access to a config: every wrong or missing value is a FormatError naming its field."""
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self.config = config
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self.config.get(name)
-        if value is None:
-            if default is None:
-                raise FormatError(f"config: {name} is missing", field=name)
-            return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise FormatError(f"config: {name} is {value!r:.60}, not a finite number", field=name)
-        return value
-
-    def integer(self, name: str, default: int | None = None) -> int:
-        value = self.number(name, default)
-        if value != int(value):
-            raise FormatError(f"config: {name} is {value!r}, not an integer", field=name)
-        return int(value)
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self.config.get(name)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise FormatError(f"config: {name} is {value!r:.60}, not true or false", field=name)
-        return value
-
-    def ids(self, name: str) -> tuple[int, ...]:
-        value = self.config.get(name)
-        values = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values):
-            raise FormatError(f"config: {name} is {value!r:.60}, not a token id or a list of them", field=name)
-        return tuple(values)
-
-
-def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
-    """The stack a released config.json describes.
+def config_from_hf(config: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> ModelConfig:
+    """The stack a released config.json describes; `tokenizer` names the special tokens that the config leaves out.
 
     Raises UnsupportedError for an unknown model_type or rope scaling, FormatError or ConfigError naming a bad field.
     """
     nested = config.get("text_config")
     kind = config.get("model_type")
     if isinstance(nested, Mapping) and kind in ("gemma3", "mistral3"):
-        return config_from_hf({"model_type": f"{kind}_text", "eos_token_id": config.get("eos_token_id"), **nested})
+        part = {"model_type": f"{kind}_text", "eos_token_id": config.get("eos_token_id"), **nested}
+        return config_from_hf(part, tokenizer)
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UnsupportedError(
             f"model_type {kind!r:.60} is not implemented here; known: {', '.join(FAMILIES)}",
             hint="load it through transformers: pip install 'hasten[hf]'",
             field="model_type",
         )
-    f = _Fields(config)
+    f = Fields(config)
+    if kind in masked.OWN_NAMES:
+        return masked.OWN_NAMES[kind].config(f, tokenizer)
     gemma = kind.startswith("gemma")
     hidden, heads = f.integer("hidden_size"), f.integer("num_attention_heads")
     if heads < 1:
         raise out_of_range("num_attention_heads", heads, "at least 1")
-    default_dim = {"gemma2": 256, "gemma3_text": 256, "qwen3": 128}.get(kind, hidden // heads)
+    default_dim = {"gemma2": 256, "gemma3_text": 256, "qwen3": 128, "sdar": 128}.get(kind, hidden // heads)
     head_dim = f.integer("head_dim", default_dim)
     layers, ropes = _layers(kind, f)
-    eps = {"qwen2": 1e-6, "qwen3": 1e-6}.get(kind, 1e-6)
     activation = config.get("hidden_activation" if gemma else "hidden_act") or config.get("hidden_act")
     activation = activation or ("gelu_pytorch_tanh" if gemma else "silu")
-    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
-        raise UnsupportedError(f"config: activation {activation!r:.40} is not supported", field="hidden_act")
+    extra: dict[str, Any] = {}
+    if kind in MASKED:
+        f.only("use_mrope", False)
+        extra = masked.facts(kind, f, f.integer("vocab_size"), tokenizer)
     bias = f.flag("attention_bias", False)
     scale = f.number("query_pre_attn_scalar", 256) if gemma else head_dim
     if scale <= 0:
@@ -102,72 +70,39 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         max_len=f.integer("max_position_embeddings", 131072 if kind == "gemma3_text" else 8192),
         layers=layers,
         ropes=ropes,
-        norm_eps=f.number("rms_norm_eps", eps),
-        qk_norm=kind in ("qwen3", "gemma3_text"),
+        norm_eps=f.number("rms_norm_eps", None if kind == "Dream" else 1e-6),
+        qk_norm=kind in ("qwen3", "sdar", "gemma3_text"),
         sandwich_norms=gemma,
-        qkv_bias=True if kind == "qwen2" else bias,
-        out_bias=bias if kind != "qwen2" else False,
+        qkv_bias=True if kind in ("qwen2", "Dream") else bias,
+        out_bias=bias if kind not in ("qwen2", "Dream") else False,
         ffn_bias=f.flag("mlp_bias", False),
-        activation=_ACTIVATIONS[activation],  # type: ignore[arg-type]
+        activation=f.activation("hidden_act", activation),
         tied=f.flag("tie_word_embeddings", gemma or kind == "smollm3"),
         embed_scale=hidden**0.5 if gemma else 1.0,
         attn_scale=scale**-0.5,
         attn_softcap=_cap(f, "attn_logit_softcapping", 50.0 if kind == "gemma2" else None),
         logit_softcap=_cap(f, "final_logit_softcapping", 30.0 if kind == "gemma2" else None),
-        bos_id=next(iter(f.ids("bos_token_id")), None),
+        bos_id=f.one_id("bos_token_id"),
         eos_ids=f.ids("eos_token_id"),
-        pad_id=next(iter(f.ids("pad_token_id")), None),
+        pad_id=f.one_id("pad_token_id"),
+        **extra,
     )
 
 
-def _cap(f: _Fields, name: str, default: float | None) -> float | None:
+def _cap(f: Fields, name: str, default: float | None) -> float | None:
     """A soft-cap: null in the config means off, absent means the family's default."""
     if name not in f.config:
         return default
     return None if f.config[name] is None else f.number(name)
 
 
-def _rope(f: _Fields, entry: Mapping[str, Any], default_theta: float) -> Rope:
-    """One rotary embedding from a rope_parameters / rope_scaling entry."""
-    e = _Fields(entry)
-    kind = entry.get("rope_type", entry.get("type", "default")) or "default"
-    theta = e.number("rope_theta", f.number("rope_theta", default_theta))
-    partial = e.number("partial_rotary_factor", f.number("partial_rotary_factor", 1.0))
-    if kind == "default":
-        return Rope(theta=theta, partial=partial)
-    if kind == "linear":
-        return Rope(theta=theta, partial=partial, kind="linear", factor=e.number("factor"))
-    if kind == "llama3":
-        return Rope(
-            theta=theta,
-            partial=partial,
-            kind="llama3",
-            factor=e.number("factor"),
-            low_freq_factor=e.number("low_freq_factor"),
-            high_freq_factor=e.number("high_freq_factor"),
-            original_len=e.integer("original_max_position_embeddings"),
-        )
-    raise UnsupportedError(
-        f"config: rope type {kind!r:.40} is not supported; known: default, linear, llama3", field="rope_type"
-    )
-
-
-def _object(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    value = config.get(name)
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise FormatError(f"config: {name} is {value!r:.60}, not an object", field=name)
-    return value
-
-
-def _layers(kind: str, f: _Fields) -> tuple[tuple[Layer, ...], tuple[Rope, ...]]:
+def _layers(kind: str, f: Fields) -> tuple[tuple[Layer, ...], tuple[Rope, ...]]:
     """Windows and rotary embeddings of every layer."""
     count = f.integer("num_hidden_layers")
     if not 1 <= count <= 1024:
         raise out_of_range("num_hidden_layers", count, "in [1, 1024]")
-    parameters = _object(f.config, "rope_parameters") or _object(f.config, "rope_scaling")
-    theta = {"smollm3": 2e6}.get(kind, 1e4)
+    parameters = f.section("rope_parameters") or f.section("rope_scaling")
+    theta = None if kind == "Dream" else {"smollm3": 2e6}.get(kind, 1e4)
     types = f.config.get("layer_types")
     if types is not None and (not isinstance(types, list) or len(types) != count):
         raise FormatError(f"config: layer_types is not a list of {count} entries", field="layer_types")
@@ -181,18 +116,18 @@ def _layers(kind: str, f: _Fields) -> tuple[tuple[Layer, ...], tuple[Rope, ...]]
             raise out_of_range("sliding_window_pattern", pattern, "at least 1")
         full = [t == "full_attention" for t in types] if types else [(i + 1) % pattern == 0 for i in range(count)]
         if "full_attention" in parameters or "sliding_attention" in parameters:
-            wide = _rope(f, _object(parameters, "full_attention"), 1e6)
-            local = _rope(f, _object(parameters, "sliding_attention"), 1e4)
+            wide = f.rope(Fields(parameters).section("full_attention"), 1e6)
+            local = f.rope(Fields(parameters).section("sliding_attention"), 1e4)
         else:
-            wide = _rope(f, parameters, 1e6)
+            wide = f.rope(parameters, 1e6)
             local = Rope(theta=f.number("rope_local_base_freq", 1e4))
         return tuple(Layer(None, 0) if one else Layer(window, 1) for one in full), (wide, local)
-    ropes = (_rope(f, parameters, theta),)
+    ropes = (f.rope(parameters, theta),)
     if kind == "gemma2":
         window = window or 4096
         sliding = [t == "sliding_attention" for t in types] if types else [i % 2 == 0 for i in range(count)]
         return tuple(Layer(window if one else None) for one in sliding), ropes
-    if kind in ("qwen2", "qwen3", "smollm3"):
+    if kind in ("qwen2", "qwen3", "Dream", "sdar", "smollm3"):
         if not f.flag("use_sliding_window", False):
             window = None
         first = f.integer("max_window_layers", 28)
@@ -205,7 +140,7 @@ def _layers(kind: str, f: _Fields) -> tuple[tuple[Layer, ...], tuple[Rope, ...]]
     return tuple(Layer(window if kind == "mistral" else None) for _ in range(count)), ropes
 
 
-def _rope_layers(f: _Fields, count: int) -> list[bool]:
+def _rope_layers(f: Fields, count: int) -> list[bool]:
     """SmolLM3: which layers rotate (1) and which have no positions (0)."""
     listed = f.config.get("no_rope_layers")
     if listed is not None:
@@ -218,37 +153,32 @@ def _rope_layers(f: _Fields, count: int) -> list[bool]:
     return [(i + 1) % interval != 0 for i in range(count)]
 
 
-def state_from_hf(
-    config: ModelConfig, names: Iterator[str] | list[str], read: Callable[[str], Tensor]
-) -> Iterator[tuple[str, Tensor]]:
+def state_from_hf(config: ModelConfig, names: Iterable[str], read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Our parameter names and tensors from released ones, fused one layer at a time.
 
     `names` are the stored tensor names, `read(name)` loads one. Raises FormatError naming missing and unexpected tensors.
     """
-    stored = {_short(name): name for name in names if not name.endswith(_DROPPED)}
-    offset = config.family.startswith("gemma")
-    used: set[str] = set()
+    stored = Named((name for name in names if not name.endswith(_DROPPED)), read)
+    if config.family in masked.OWN_NAMES:
+        yield from masked.OWN_NAMES[config.family].state(config, stored)
+    else:
+        yield from _llama_names(config, stored)
+    stored.finish()
 
-    def take(name: str) -> Tensor:
-        if name not in stored:
-            raise FormatError(f"weights: tensor {name} is missing", field=name)
-        used.add(name)
-        return read(stored[name])
+
+def _llama_names(config: ModelConfig, stored: Named) -> Iterator[tuple[str, Tensor]]:
+    """Our parameters from the names that Llama's descendants share."""
+    take, fuse = stored.take, stored.fuse
+    offset = config.family.startswith("gemma")
 
     def norm(name: str) -> Tensor:
         weight = take(name)
         return weight.float() + 1.0 if offset else weight
 
-    def fuse(*parts: str) -> Tensor:
-        tensors = [take(part) for part in parts]
-        if len({tuple(t.shape[1:]) for t in tensors}) != 1:
-            raise FormatError(f"weights: {', '.join(parts)} have different widths", field=parts[0])
-        return torch.cat(tensors)
-
     yield "embed.weight", take("embed_tokens.weight")
     yield "norm.weight", norm("norm.weight")
     if config.tied:
-        used.add("lm_head.weight")  # some checkpoints store the tied head a second time
+        stored.skip("lm_head.weight")  # some checkpoints store the tied head a second time
     else:
         yield "head.weight", take("lm_head.weight")
     for i in range(len(config.layers)):
@@ -275,14 +205,3 @@ def state_from_hf(
             yield ours + "post_ffn_norm.weight", norm(f"layers.{i}.post_feedforward_layernorm.weight")
         else:
             yield ours + "ffn_norm.weight", norm(after)
-    left = sorted(set(stored) - used)
-    if left:
-        raise FormatError(f"weights: tensors without a place in the model: {', '.join(left[:6])}", field="weights")
-
-
-def _short(name: str) -> str:
-    """A released name without the wrapper's prefix (`model.`, `language_model.model.`, `model.language_model.`)."""
-    for prefix in ("language_model.model.", "model.language_model.", "language_model.", "model."):
-        if name.startswith(prefix):
-            return name[len(prefix) :]
-    return name

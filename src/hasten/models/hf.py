@@ -22,8 +22,11 @@ from hasten.engine.cache import CacheLayout, CachePool
 from hasten.engine.contracts import NO_NEEDS, Capabilities, Needs, Pass, RowInput
 from hasten.engine.masks import ALL_VISIBILITIES, at_layer, mask
 from hasten.errors import FormatError, HastenError, MissingExtraError, UnsupportedError
+from hasten.models.config import AdaptedConfig
+from hasten.models.diffusion_gemma import DiffusionGemma
 
 _ATTENTION = "hasten"
+_CANVAS = {"diffusion_gemma": "DiffusionGemmaForBlockDiffusion"}  # models that fill canvases with their own attention
 _KINDS = {"full_attention", "sliding_attention"}
 
 
@@ -96,15 +99,6 @@ def _attention(
         scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
     out = scores.softmax(-1).to(values.dtype) @ values.repeat_interleave(group, 0)
     return out.transpose(0, 1)[None], None
-
-
-@dataclass(frozen=True, slots=True)
-class AdaptedConfig:
-    """What is known of an adapted model: its released `family`, number of `parameters`, and `vocab_size`."""
-
-    family: str
-    parameters: int
-    vocab_size: int
 
 
 class HFBackbone:
@@ -239,7 +233,7 @@ class HFBackbone:
             )
 
 
-def load_adapted(path: Path, config: Mapping[str, Any], dtype: torch.dtype, stored: int) -> HFBackbone:
+def load_adapted(path: Path, config: Mapping[str, Any], dtype: torch.dtype, stored: int) -> HFBackbone | DiffusionGemma:
     """The model of a directory through the installed transformers, in `dtype`; the checkpoint's own code is ignored.
 
     `stored` is the number of weights in its files.
@@ -262,7 +256,12 @@ def load_adapted(path: Path, config: Mapping[str, Any], dtype: torch.dtype, stor
     known = {key: value for key, value in config.items() if key != "auto_map"}
     try:
         settings = CONFIG_MAPPING[kind].from_dict(known)
-        build: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(settings), None)
+        canvas = kind in _CANVAS
+        build: Any = (
+            getattr(transformers, _CANVAS[kind])
+            if canvas
+            else transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(settings), None)
+        )
         if build is None:
             raise UnsupportedError(f"model_type {kind!r} is not a causal language model", field="model_type")
         with torch.device("meta"):
@@ -274,7 +273,7 @@ def load_adapted(path: Path, config: Mapping[str, Any], dtype: torch.dtype, stor
             str(path),
             config=settings,
             dtype=dtype,
-            attn_implementation=_ATTENTION,
+            attn_implementation="sdpa" if canvas else _ATTENTION,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
@@ -286,4 +285,4 @@ def load_adapted(path: Path, config: Mapping[str, Any], dtype: torch.dtype, stor
         raise FormatError(f"transformers cannot load it: {line[:300]}", path=str(path)) from None
     if info.get("missing_keys"):
         raise FormatError(f"weights are missing: {', '.join(sorted(info['missing_keys'])[:6])}", path=str(path))
-    return HFBackbone(model)
+    return DiffusionGemma(model) if canvas else HFBackbone(model)

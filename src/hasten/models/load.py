@@ -1,6 +1,7 @@
 """Any model source -> a loaded stack: catalog name, directory, hub id, .gguf or .safetensors file.
 
-hasten's own families run on the native stack where its library is there, else on torch; both from the same weights.
+hasten's own families run on the native stack where its library is there and computes all of them, else on torch; both
+from the same weights. `Loaded.model.name` says which it is.
 """
 
 from __future__ import annotations
@@ -28,17 +29,18 @@ from hasten.kernels.library import ACTIVATIONS, KV_TYPES, available, missing
 from hasten.kernels.weights import KINDS
 from hasten.models import catalog
 from hasten.models.checkpoint import Checkpoint, checkpoint_files
-from hasten.models.config import ModelConfig
+from hasten.models.config import AdaptedConfig, ModelConfig
 from hasten.models.families import config_from_hf, state_from_hf
 from hasten.models.gguf import open_gguf
 from hasten.models.memory import available_bytes
+from hasten.models.packing import Weights, cached, from_gguf, from_state, gap
 from hasten.models.tokenizer import Tokenizer, read_json
 from hasten.models.transformer import Transformer
 
 if TYPE_CHECKING:
-    from hasten.models.hf import AdaptedConfig, HFBackbone
+    from hasten.models.diffusion_gemma import DiffusionGemma
+    from hasten.models.hf import HFBackbone
     from hasten.models.native import NativeStack
-    from hasten.models.packing import Weights
 
 Progress = Callable[[str, int, int], None]
 BACKBONES = ("auto", "native", "torch")
@@ -50,7 +52,7 @@ _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 class Loaded:
     """A model in memory: the stack, its tokenizer (None for a bare weight file), where it came from, bytes of weights."""
 
-    model: Transformer | NativeStack | HFBackbone
+    model: Transformer | NativeStack | HFBackbone | DiffusionGemma
     tokenizer: Tokenizer | None
     config: ModelConfig | AdaptedConfig
     source: str
@@ -204,7 +206,6 @@ def _gguf(path: Path, options: Options, progress: Progress | None) -> Loaded:
         return Transformer.from_state(config, _counted(state, config, path.name, progress), dtype)
 
     if options.native:
-        from hasten.models.packing import from_gguf
 
         def make() -> Weights:
             return from_gguf(file, config, options.kind, options.weights, progress)
@@ -225,7 +226,6 @@ def _native(
     config: ModelConfig, options: Options, path: Path, make: Callable[[], Weights], oracle: Callable[[], Transformer]
 ) -> NativeStack:
     from hasten.models.native import NativeStack
-    from hasten.models.packing import cached
 
     weights = cached(path, f"{options.dtype} {options.weights}", make, config)
     own = None if options.weights != "stored" else lambda: oracle().pack()
@@ -237,12 +237,16 @@ def _directory(path: Path, options: Options, progress: Progress | None, files: l
     if not raw:
         raise FormatError("holds no config.json", path=str(path))
     generation = read_json(path / "generation_config.json")
+    tokenizer = Tokenizer.from_dir(path) if (path / "tokenizer.json").is_file() else None
     try:
-        config = config_from_hf(_with_ends(raw, generation))
+        config = config_from_hf(_with_ends(raw, generation), tokenizer)
     except UnsupportedError as error:
         if error.field != "model_type" or not isinstance(raw.get("model_type"), str):
             raise
-        return _adapted(path, raw, options, files)
+        return _adapted(path, raw, options, files, tokenizer)
+    lacking = gap(config)
+    if lacking:
+        _torch_only(options, f"{path.name}: the native stack has no {lacking}, so that this model runs on torch")
     files = files or checkpoint_files(path)
     stored = Checkpoint(files)
     kind = options.kind or (torch.float32 if stored.dtype == torch.float16 else stored.dtype)
@@ -251,9 +255,7 @@ def _directory(path: Path, options: Options, progress: Progress | None, files: l
         return _counted(state_from_hf(config, stored.names, stored.read), config, path.name, progress)
 
     size = _fit(config, kind, path, options.force)
-    tokenizer = Tokenizer.from_dir(path) if (path / "tokenizer.json").is_file() else None
-    if options.native:
-        from hasten.models.packing import from_state
+    if options.native and not lacking:
 
         def oracle() -> Transformer:
             return Transformer.from_state(config, ((name, tensor.to(kind)) for name, tensor in state()), torch.float32)
@@ -266,26 +268,29 @@ def _directory(path: Path, options: Options, progress: Progress | None, files: l
     return Loaded(Transformer.from_state(config, state(), kind), tokenizer, config, str(path), kind, size)
 
 
-def _adapted(path: Path, raw: dict[str, Any], options: Options, files: list[Path] | None) -> Loaded:
-    """A family that only transformers knows, through the adapter; the weight files pass the same checks first."""
-    from hasten.models.hf import load_adapted
-
+def _torch_only(options: Options, reason: str) -> None:
+    """Refuse what only the native stack could do for a model that does not run there."""
     if options.backbone == "native" or (options.activations, options.cache, options.weights) != (
         "exact",
         "float32",
         "stored",
     ):
-        raise UnsupportedError(
-            f"{path.name}: model type {raw.get('model_type')!r} runs through transformers, not on the native stack",
-            hint="use backbone='auto' and none of the native stack's options",
-            field="backbone",
-        )
+        raise UnsupportedError(reason, hint="use backbone='auto' and none of the native stack's options", field="backbone")
+
+
+def _adapted(
+    path: Path, raw: dict[str, Any], options: Options, files: list[Path] | None, tokenizer: Tokenizer | None
+) -> Loaded:
+    """A family that only transformers knows, through the adapter; the weight files pass the same checks first."""
+    from hasten.models.hf import load_adapted
+
+    kind_of = raw.get("model_type")
+    _torch_only(options, f"{path.name}: model type {kind_of!r} runs through transformers, not on the native stack")
     stored = Checkpoint(files or checkpoint_files(path))
     kind = options.kind or (torch.float32 if stored.dtype == torch.float16 else stored.dtype)
     sizes = [math.prod(shape) for _, shape in stored.shapes.values()]
     size = _fits(sum(sizes), 4 * max(sizes, default=0), kind, path, options.force)
     model = load_adapted(path, raw, kind, sum(sizes))
-    tokenizer = Tokenizer.from_dir(path) if (path / "tokenizer.json").is_file() else None
     return Loaded(model, tokenizer, model.config, str(path), kind, size)
 
 

@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hasten.engine.cache import CacheLayout, CachePool, RowCache
-from hasten.engine.contracts import NO_NEEDS, Capabilities, Needs, Pass, RowInput
-from hasten.engine.masks import ALL_VISIBILITIES, Causal, Full, PerLayer, Tree, Visibility, at_layer, mask
+from hasten.engine.contracts import NO_NEEDS, Needs, Pass, RowInput
+from hasten.engine.masks import BlockCausal, Causal, Full, PerLayer, Tree, Visibility, at_layer, mask
 from hasten.errors import HastenError, UnsupportedError, out_of_range
 from hasten.kernels.library import ACTIVATIONS, KV_TYPES, PARTS, Layer, Model, PassInput, check, native
 from hasten.models.config import ModelConfig
-from hasten.models.packing import Weights
+from hasten.models.packing import Weights, gap
 from hasten.models.rope import RopeTable
-from hasten.models.stack import DecoderStack
+from hasten.models.stack import DecoderStack, capabilities_of
 from hasten.models.transformer import Transformer
 
 _SIGHT = np.dtype([("lo", "<i4"), ("hi", "<i4"), ("extra_at", "<i4"), ("extra_count", "<i4")])
@@ -42,7 +42,8 @@ class NativeStack(DecoderStack):
     """A decoder stack of `config` on the native library; implements the engine's Backbone contract as "native".
 
     `activations`: exact or int8. `cache`: float32, bfloat16 or int8 keys and values (the last two lossy). `oracle` loads
-    the torch stack of the same weights when something needs it. Raises UnsupportedError without the library.
+    the torch stack of the same weights when something needs it. Raises UnsupportedError without the library, and for a
+    config that has a `gap`.
     """
 
     name = "native"
@@ -61,6 +62,8 @@ class NativeStack(DecoderStack):
             raise out_of_range("activations", activations, " or ".join(ACTIVATIONS))
         if cache not in KV_TYPES:
             raise out_of_range("cache", cache, ", ".join(KV_TYPES))
+        if lacking := gap(config):
+            raise UnsupportedError(f"the native stack has no {lacking}", hint="use backbone='torch'", field="backbone")
         self.config, self.weights, self.activations, self.cache_type = config, weights, activations, cache
         self.ropes = [RopeTable(rope, config.head_dim) for rope in config.ropes]
         self._load_oracle = oracle
@@ -74,20 +77,7 @@ class NativeStack(DecoderStack):
         self._kind_of_layer = np.array([self._windows.index(one) for one in windows], np.int32)
         self.part_seconds: NDArray[np.float64] | None = None
         self._frames: dict[int, _Frame] = {}
-        self.capabilities = Capabilities(
-            kind="causal",
-            vocab_size=config.vocab_size,
-            max_len=config.max_len,
-            layers=len(config.layers),
-            hidden=config.hidden,
-            visibilities=ALL_VISIBILITIES,
-            cache_exact=frozenset({"causal", "tree", "block_causal", "prefix_lm"}),
-            hidden_states=True,
-            embeds=True,
-            hooks=oracle is not None and cache == "float32",
-            bos_id=config.bos_id,
-            eos_ids=config.eos_ids,
-        )
+        self.capabilities = capabilities_of(config, hooks=oracle is not None and cache == "float32")
 
     # --- the model in the library ---
 
@@ -105,6 +95,7 @@ class NativeStack(DecoderStack):
             keep.append((table, arrays))
             return table.ctypes.data
 
+        norm = w.vectors["norm.weight"] * np.float32(c.logit_scale)  # before the head, which is linear
         layers = (Layer * len(c.layers))()
         for i, layer in enumerate(layers):
             for part in ("q", "k", "v", "out", "gate", "up", "down"):
@@ -121,7 +112,7 @@ class NativeStack(DecoderStack):
             c.vocab_size, c.hidden, c.heads, c.kv_heads, c.head_dim, c.ffn, len(c.layers), c.activation != "silu",
             KV_TYPES.index(self.cache_type), ACTIVATIONS.index(self.activations), c.norm_eps, c.embed_scale, c.attn_scale,
             c.attn_softcap or 0.0, c.logit_softcap or 0.0, layers, w.matrices["embed"].ref(), w.matrices["head"].ref(),
-            vector("norm.weight"), len(self.ropes), positions, rotated.ctypes.data,
+            norm.ctypes.data, len(self.ropes), positions, rotated.ctypes.data,
             pointers([one.cos().numpy() for one in angles]), pointers([one.sin().numpy() for one in angles]),
         )  # fmt: skip
         handle = native().hasten_open(ctypes.byref(model))
@@ -131,7 +122,7 @@ class NativeStack(DecoderStack):
                 hint="load it with backbone='torch'",
             )
         self._close()
-        self._handle, self._rope_rows, self._kept = handle, positions, (keep, layers, rotated, model)
+        self._handle, self._rope_rows, self._kept = handle, positions, (keep, layers, rotated, norm, model)
         self._close = weakref.finalize(self, native().hasten_close, handle)
 
     def pack(self) -> NativeStack:
@@ -258,6 +249,8 @@ class NativeStack(DecoderStack):
             None if self.part_seconds is None else self.part_seconds.ctypes.data,
         )  # fmt: skip
         check(native().hasten_run(self._handle, ctypes.byref(call)))
+        if final is not None and c.logit_scale != 1.0:
+            final /= c.logit_scale
         spans = tuple((end - n, end) for n, end in zip(counts, ends, strict=True))
         offsets = [0, *accumulate(len(row.wanted()) for row in rows)][:-1]
         return Pass(
@@ -283,7 +276,8 @@ class NativeStack(DecoderStack):
         frame.sight[:] = 0
         for k, window in enumerate(self._windows):
             part = frame.sight[k * n : (k + 1) * n]
-            if not _fast_sight(part, row.visibility, start, max(start + n, cache.length), window, frame.positions, extras):
+            visible = max(start + n, cache.length)
+            if not _fast_sight(part, row.visibility, start, visible, window, frame.positions, extras, cache):
                 return None
         cache.reserve(start, row.positions)
         most = int(frame.positions.max()) + 1
@@ -356,7 +350,7 @@ class NativeStack(DecoderStack):
             for visibility, cache, start, seen, row in zip(own, caches, starts, visible, rows, strict=True):
                 end = begin + row.queries
                 part = sight[at + begin : at + end]
-                if not _fast_sight(part, visibility, start, seen, window, positions[begin:end], extras):
+                if not _fast_sight(part, visibility, start, seen, window, positions[begin:end], extras, cache):
                     _any_sight(part, mask(visibility, row.positions, cache.positions[:seen], start, window), seen, extras)
                 begin = end
             at += len(positions)
@@ -414,10 +408,11 @@ def _fast_sight(
     window: int | None,
     at: NDArray[np.int32],
     extras: list[int],
+    cache: RowCache,
 ) -> bool:
     """Fill in what the queries of one row see, for the rules that need no mask; False for the others.
 
-    A window cuts nothing as long as all positions lie below it.
+    A window cuts nothing as long as all positions lie below it. Blocks are runs of slots where slots are positions.
     """
     if window is not None and int(at.max()) >= window:
         return False
@@ -433,6 +428,14 @@ def _fast_sight(
             # a line begins where it leaves the chain: all of the chain up to there is one range
             part[chain + i] = (0, start + line[0] + 1, len(extras), len(line) - 1)
             extras += [start + node for node in line[1:]]
+    elif isinstance(visibility, BlockCausal):
+        keys = cache.positions[:visible].numpy().copy()
+        if len(keys) < visible:
+            return False
+        keys[start : start + n] = at
+        if (keys != np.arange(visible)).any():
+            return False
+        part["hi"] = np.minimum((at // visibility.block + 1) * visibility.block, visible)
     else:
         return False
     return True
@@ -443,7 +446,12 @@ def _any_sight(part: NDArray[Any], allowed: Tensor | None, visible: int, extras:
     if allowed is None:
         part["hi"] = visible
         return
-    for i, row in enumerate(allowed.numpy()):
+    seen = allowed.numpy()
+    count, lo = seen.sum(1, dtype=np.int32), seen.argmax(1)
+    if (count == seen.shape[1] - seen[:, ::-1].argmax(1) - lo)[count > 0].all():  # one run each: blocks, windows
+        part["lo"], part["hi"] = lo, lo + count
+        return
+    for i, row in enumerate(seen):
         slots = np.flatnonzero(row)
         if not len(slots):
             continue

@@ -49,6 +49,15 @@ class Weights:
         return sum(distinct.values()) + sum(one.nbytes for one in self.vectors.values())
 
 
+def gap(config: ModelConfig) -> str | None:
+    """What of a config the native stack does not compute, in words; None when it runs the whole of it."""
+    if config.experts is not None and config.experts.first < len(config.layers):
+        return "layers with experts"
+    if config.qk_norm_whole:
+        return "norms over all heads of q and k together"
+    return "bias in the output layer" if config.head_bias else None
+
+
 def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """Name -> (rows, columns) of every matrix of a stack."""
     c = config

@@ -84,7 +84,7 @@ class Tokenizer:
     """Text to ids and back; make one with `from_dir` or `from_gguf`.
 
     `special_ids` are the control tokens: never produced from user text, left out of decoded text by default. `eos_ids`
-    end a text. `chat_template` is the template's source, None for base models.
+    end a text, `mask_id` marks a position to fill in. `chat_template` is the template's source, None for base models.
     """
 
     def __init__(
@@ -94,12 +94,14 @@ class Tokenizer:
         bos_id: int | None = None,
         eos_ids: Sequence[int] = (),
         pad_id: int | None = None,
+        mask_id: int | None = None,
         add_bos: bool = False,
         template: str | None = None,
         special: Sequence[int] = (),
     ) -> None:
         self._fast = fast
         self.bos_id, self.eos_ids, self.pad_id, self.add_bos = bos_id, tuple(eos_ids), pad_id, add_bos
+        self.mask_id = mask_id
         added = fast.get_added_tokens_decoder()
         self.special_ids = frozenset({i for i, token in added.items() if token.special} | set(special))
         self._added = {i: token.content for i, token in added.items()}
@@ -160,6 +162,7 @@ class Tokenizer:
             bos_id=bos,
             eos_ids=tuple(dict.fromkeys(i for i in ends if i is not None and (i in special or i == eos))),
             pad_id=token("pad_token"),
+            mask_id=token("mask_token"),
             add_bos=bool(start) and start[0] == bos,
             template=template if isinstance(template, str) else None,
         )
@@ -273,6 +276,11 @@ class Tokenizer:
         if text is None:
             raise out_of_range("token", token, f"an id of the tokenizer, below {self.vocab_size}")
         return text
+
+    def special_id(self, text: str) -> int | None:
+        """The id of the control token of that name, None when there is none."""
+        token = self._fast.token_to_id(text)
+        return token if token in self.special_ids else None
 
     def token_strings(self) -> list[str]:
         """The vocabulary's spelling of every id in order, "" for ids without one."""

@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hasten.engine.cache import CacheLayout, CachePool
-from hasten.engine.contracts import NO_NEEDS, Capabilities, LayerHooks, Needs, Pass, RowInput
-from hasten.engine.masks import ALL_VISIBILITIES, CAUSAL, Causal, Tree, Visibility, at_layer, mask
+from hasten.engine.contracts import NO_NEEDS, LayerHooks, Needs, Pass, RowInput
+from hasten.engine.masks import Causal, Tree, Visibility, at_layer, mask
 from hasten.errors import FormatError, UnsupportedError, out_of_range
 from hasten.models.config import ModelConfig
 from hasten.models.linear import Linear
+from hasten.models.moe import ExpertLayer
 from hasten.models.rope import RopeTable
-from hasten.models.stack import DecoderStack
+from hasten.models.stack import DecoderStack, capabilities_of, visibility_of
 
 
 class Norm(nn.Module):
@@ -111,10 +112,13 @@ class Block(nn.Module):
         self.qkv = Linear(c.hidden, heads_dim + 2 * kv_dim, c.qkv_bias, dtype)
         self.out = Linear(heads_dim, c.hidden, c.out_bias, dtype)
         self.ffn_norm = Norm(c.hidden, c.norm_eps, dtype)
-        self.gate_up = Linear(c.hidden, 2 * c.ffn, c.ffn_bias, dtype)
-        self.down = Linear(c.ffn, c.hidden, c.ffn_bias, dtype)
-        self.q_norm = Norm(c.head_dim, c.norm_eps, dtype) if c.qk_norm else None
-        self.k_norm = Norm(c.head_dim, c.norm_eps, dtype) if c.qk_norm else None
+        self.experts = ExpertLayer(c, dtype) if c.experts is not None and index >= c.experts.first else None
+        if self.experts is None:
+            self.gate_up = Linear(c.hidden, 2 * c.ffn, c.ffn_bias, dtype)
+            self.down = Linear(c.ffn, c.hidden, c.ffn_bias, dtype)
+        sizes = (c.head_dim, c.head_dim) if c.qk_norm else (heads_dim, kv_dim) if c.qk_norm_whole else None
+        self.q_norm = Norm(sizes[0], c.norm_eps, dtype) if sizes else None
+        self.k_norm = Norm(sizes[1], c.norm_eps, dtype) if sizes else None
         self.post_attn_norm = Norm(c.hidden, c.norm_eps, dtype) if c.sandwich_norms else None
         self.post_ffn_norm = Norm(c.hidden, c.norm_eps, dtype) if c.sandwich_norms else None
 
@@ -129,7 +133,11 @@ class Block(nn.Module):
         fused = plus(self.qkv(x), added).unflatten(-1, (c.heads + 2 * c.kv_heads, c.head_dim))
         qk, v = fused[..., : c.heads + c.kv_heads, :], fused[..., c.heads + c.kv_heads :, :]
         if self.q_norm is not None and self.k_norm is not None:
-            qk = torch.cat((self.q_norm(qk[..., : c.heads, :]), self.k_norm(qk[..., c.heads :, :])), dim=-2)
+            parts = (qk[..., : c.heads, :], qk[..., c.heads :, :])
+            if c.qk_norm_whole:
+                parts = (parts[0].flatten(-2), parts[1].flatten(-2))
+            qk = torch.cat((self.q_norm(parts[0]), self.k_norm(parts[1])), dim=-1 if c.qk_norm_whole else -2)
+            qk = qk.unflatten(-1, (-1, c.head_dim)) if c.qk_norm_whole else qk
         if rotary is not None:
             qk = RopeTable.rotate(qk, *rotary)
         return qk[..., : c.heads, :], qk[..., c.heads :, :], v
@@ -167,6 +175,8 @@ class Block(nn.Module):
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """The gated feed-forward part of normed x [..., hidden]."""
+        if self.experts is not None:
+            return cast(Tensor, self.experts(x))
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         gate = F.silu(gate) if self.silu else F.gelu(gate, approximate="tanh")
         return cast(Tensor, self.down(gate * up))
@@ -259,24 +269,11 @@ class Transformer(nn.Module, DecoderStack):
         self.embed = nn.Embedding(config.vocab_size, config.hidden, dtype=dtype)
         self.layers = nn.ModuleList(Block(config, i, dtype) for i in range(len(config.layers)))
         self.norm = Norm(config.hidden, config.norm_eps, dtype)
-        self.head = Linear(config.hidden, config.vocab_size, False, dtype)
+        self.head = Linear(config.hidden, config.vocab_size, config.head_bias, dtype)
         if config.tied:
             self.head.weight = cast(nn.Parameter, self.embed.weight)
         self.ropes = [RopeTable(rope, config.head_dim) for rope in config.ropes]
-        self.capabilities = Capabilities(
-            kind="causal",
-            vocab_size=config.vocab_size,
-            max_len=config.max_len,
-            layers=len(config.layers),
-            hidden=config.hidden,
-            visibilities=ALL_VISIBILITIES,
-            cache_exact=frozenset({"causal", "tree", "block_causal", "prefix_lm"}),
-            hidden_states=True,
-            embeds=True,
-            hooks=True,
-            bos_id=config.bos_id,
-            eos_ids=config.eos_ids,
-        )
+        self.capabilities = capabilities_of(config, hooks=True)
 
     @classmethod
     def from_state(
@@ -302,7 +299,7 @@ class Transformer(nn.Module, DecoderStack):
                 problems.append(f"{name} has shape {tuple(tensor.shape)}, not {tuple(parameter.shape)}")
             else:
                 module, _, leaf = name.rpartition(".")
-                value = nn.Parameter(tensor.detach().to(dtype).contiguous(), requires_grad=False)
+                value = nn.Parameter(tensor.detach().to(parameter.dtype).contiguous(), requires_grad=False)
                 setattr(model.get_submodule(module), leaf, value)
                 done.add(name)
         problems += [f"missing {name}" for name in wanted if name not in done]
@@ -362,22 +359,24 @@ class Transformer(nn.Module, DecoderStack):
         return self._embed(ids)
 
     def logits(self, final_hidden: Tensor) -> Tensor:
-        """float32 logits [..., vocab] of hidden states after the final norm, soft-capped where the model says so."""
+        """float32 logits [..., vocab] of hidden states after the final norm, scaled and soft-capped as the model does."""
         logits = cast(Tensor, self.head(final_hidden)).float()
-        cap = self.config.logit_softcap
+        cap, scale = self.config.logit_softcap, self.config.logit_scale
+        logits = logits if scale == 1.0 else logits * scale
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def forward(
         self,
         ids: Tensor,
-        visibility: Visibility = CAUSAL,
+        visibility: Visibility | None = None,
         hidden: Sequence[int] | None = None,
     ) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
-        """Dense pass over ids [B, T] without a cache: float32 logits [B, T, vocab].
+        """Dense pass over ids [B, T] without a cache: float32 logits [B, T, vocab]; `visibility` None: as it was trained.
 
         With `hidden`, also the states entering those layers (index `layers` = after the last layer) [B, T, hidden].
         """
         b, t = ids.shape
+        visibility = visibility_of(self.config) if visibility is None else visibility
         positions = torch.arange(t, device=ids.device)
         rotary = [table.at(positions, self.dtype) for table in self.ropes]
         h = self._embed(ids)

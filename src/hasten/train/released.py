@@ -1,0 +1,120 @@
+"""The small models in the form of released ones: LLaDA's, Llama's or SDAR's names and config, with tokenizer and card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hasten.errors import FormatError
+from hasten.models.tokenizer import read_json
+from hasten.train import alphabet
+from hasten.train.network import Kind, Network, Shape
+
+MODEL_TYPES: dict[Kind, str] = {"full": "llada", "causal": "llama", "block": "sdar"}
+_PARTS = {  # ours: LLaDA's, everyone else's
+    "attn_norm": ("attn_norm", "input_layernorm"),
+    "ffn_norm": ("ff_norm", "post_attention_layernorm"),
+    "q": ("q_proj", "self_attn.q_proj"),
+    "k": ("k_proj", "self_attn.k_proj"),
+    "v": ("v_proj", "self_attn.v_proj"),
+    "out": ("attn_out", "self_attn.o_proj"),
+    "q_norm": ("q_norm", "self_attn.q_norm"),
+    "k_norm": ("k_norm", "self_attn.k_norm"),
+    "gate": ("ff_proj", "mlp.gate_proj"),
+    "up": ("up_proj", "mlp.up_proj"),
+    "down": ("ff_out", "mlp.down_proj"),
+}
+
+
+def released_name(name: str, kind: Kind) -> str:
+    """The released name of one of our weights."""
+    llada = kind == "full"
+    if name == "embed.weight":
+        return "model.transformer.wte.weight" if llada else "model.embed_tokens.weight"
+    if name == "norm.weight":
+        return "model.transformer.ln_f.weight" if llada else "model.norm.weight"
+    _, layer, part, _ = name.split(".")
+    return f"model.{'transformer.blocks' if llada else 'layers'}.{layer}.{_PARTS[part][0 if llada else 1]}.weight"
+
+
+def released(network: Network) -> dict[str, Tensor]:
+    """The weights under their released names."""
+    return {released_name(name, network.shape.kind): weight for name, weight in network.state_dict().items()}
+
+
+def config_of(shape: Shape) -> dict[str, Any]:
+    """The config.json of the family."""
+    ids = {"bos_token_id": alphabet.BOS, "eos_token_id": alphabet.EOS, "pad_token_id": alphabet.PAD}
+    common = {
+        "model_type": MODEL_TYPES[shape.kind], "vocab_size": shape.vocab, "rope_theta": shape.theta,
+        "rms_norm_eps": shape.eps, "torch_dtype": "float16", **ids,
+    }  # fmt: skip
+    if shape.kind == "full":
+        return {
+            **common, "architectures": ["LLaDAModelLM"], "d_model": shape.hidden, "n_layers": shape.layers,
+            "n_heads": shape.heads, "n_kv_heads": shape.heads, "mlp_hidden_size": shape.ffn, "embedding_size": shape.vocab,
+            "max_sequence_length": shape.max_len, "weight_tying": True, "include_bias": False, "include_qkv_bias": False,
+            "block_type": "llama", "block_group_size": 1, "activation_type": "silu", "layer_norm_type": "rms",
+            "rope": True, "rope_full_precision": True, "attention_layer_norm": False, "scale_logits": False,
+            "input_emb_norm": False, "mask_token_id": alphabet.MASK,
+        }  # fmt: skip
+    heads = {
+        **common, "hidden_size": shape.hidden, "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.heads, "head_dim": shape.hidden // shape.heads, "intermediate_size": shape.ffn,
+        "max_position_embeddings": shape.max_len, "tie_word_embeddings": True, "hidden_act": "silu",
+        "attention_bias": False,
+    }  # fmt: skip
+    if shape.kind == "causal":
+        return {**heads, "architectures": ["LlamaForCausalLM"], "mlp_bias": False}
+    return {
+        **heads, "architectures": ["SDARForCausalLM"], "block_size": shape.block, "mask_token_id": alphabet.MASK,
+        "use_sliding_window": False,
+    }  # fmt: skip
+
+
+def export(network: Network, folder: Path, facts: dict[str, Any]) -> None:
+    """Write config.json, model.safetensors in float16, the tokenizer and card.json, which `facts` are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: weight.detach().to(torch.float16).contiguous() for name, weight in released(network).items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    for name, content in (("config.json", config_of(network.shape)), ("card.json", facts)):
+        (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    alphabet.write_tokenizer(folder)
+
+
+def read(folder: Path) -> Network:
+    """The network that `export` wrote to a folder, in float32; raises FormatError for another kind of model."""
+    config = read_json(folder / "config.json")
+    kinds = {model_type: kind for kind, model_type in MODEL_TYPES.items()}
+    try:
+        kind = kinds[config["model_type"]]
+        names = _SIZES[kind == "full"]
+        sizes = {ours: config[theirs] for ours, theirs in names.items()}
+        shape = Shape(
+            kind=kind, vocab=config["vocab_size"], theta=config["rope_theta"], eps=config["rms_norm_eps"],
+            block=config.get("block_size", 8), **sizes,
+        )  # fmt: skip
+        network, stored = Network(shape), load_file(folder / "model.safetensors")
+        network.load_state_dict(
+            {name: stored[released_name(name, kind)].float() for name in network.state_dict()},
+        )
+    except (KeyError, OSError, RuntimeError, TypeError) as error:
+        raise FormatError(f"not a small model of hasten: {str(error)[:200]}", path=str(folder)) from None
+    return network
+
+
+_SIZES = (
+    {
+        "hidden": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads", "ffn": "intermediate_size",
+        "max_len": "max_position_embeddings",
+    },
+    {
+        "hidden": "d_model", "layers": "n_layers", "heads": "n_heads", "ffn": "mlp_hidden_size",
+        "max_len": "max_sequence_length",
+    },
+)  # fmt: skip
