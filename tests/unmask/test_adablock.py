@@ -67,13 +67,17 @@ def test_a_block_ends_at_the_surest_delimiter(confidences, knobs, length):
 def test_any_confidences_give_the_published_rule(confidences, tau, block):
     near = {k: p for k, p in confidences.items() if k < 10}
     best = max(near, key=lambda k: (round(near[k], 6), -k), default=None)
-    if best is not None and (abs(near[best] - tau) < 1e-4 or any(abs(near[best] - p) < 1e-4 for k, p in near.items() if k != best)):
+    if best is not None and (
+        abs(near[best] - tau) < 1e-4 or any(abs(near[best] - p) < 1e-4 for k, p in near.items() if k != best)
+    ):
         return  # too close to call in float32
     expected = best + 1 if best is not None and near[best] >= tau else min(block, 40)
     assert planned(confidences, tau=tau, block=block) == expected
 
 
-def plain(model: Masked, prompt: list[int], length: int, tau: float, block: int, sure: float) -> tuple[list[int], int, list]:
+def plain(
+    model: Masked, prompt: list[int], length: int, tau: float, block: int, sure: float
+) -> tuple[list[int], int, list]:
     """AdaBlock over threshold decoding as the paper states it, T = 0: (tokens, forwards, blocks)."""
     x, low, forwards, blocks = [*prompt, *[MASK] * length], len(prompt), 0, []
     while low < len(x):

@@ -72,13 +72,17 @@ def factor(step: int, steps: int, ass: bool, low: float, high: float) -> float:
     return low + (high - low) * share
 
 
-def plain(model: Masked, prompt: list[int], length: int, quotas: list[tuple[int, int, int]], low: float, ass: bool) -> list[int]:
+def plain(
+    model: Masked, prompt: list[int], length: int, quotas: list[tuple[int, int, int]], low: float, ass: bool
+) -> list[int]:
     """Commits `quotas` [(start, end, count)] by the score that holds end tokens back, T = 0."""
     x, n = [*prompt, *[MASK] * length], len(prompt)
     for step, (start, end, count) in enumerate(quotas):
         probs = model.logits(x).softmax(-1).max(-1)
         scale = torch.tensor(factor(step, len(quotas), ass, low, 1.0))
-        score = {i: float(probs.values[i] * (scale if int(probs.indices[i]) == EOS else 1)) for i in range(n + start, n + end)}
+        score = {
+            i: float(probs.values[i] * (scale if int(probs.indices[i]) == EOS else 1)) for i in range(n + start, n + end)
+        }
         ranked = sorted((i for i in score if x[i] == MASK), key=lambda i: -score[i])
         for i in ranked[:count]:
             x[i] = int(probs.indices[i])
@@ -176,7 +180,11 @@ def test_scores_of_end_tokens_fall_and_no_other_changes(seed, score):
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_a_ragged_batch_is_its_rows_alone(temperature):
     many = prompts(4, seed=9)
-    for names in (("eoser-ass",), ("eoser-ass:blocks=2", "threshold:tau=0.3"), ("eoser-ass:ratio=1.5,steps=7", "canvas-cache")):
+    for names in (
+        ("eoser-ass",),
+        ("eoser-ass:blocks=2", "threshold:tau=0.3"),
+        ("eoser-ass:ratio=1.5,steps=7", "canvas-cache"),
+    ):
         together = run(FLOODED, many, *names, temperature=temperature)
         for prompt, out in zip(many, together, strict=True):
             alone = run(FLOODED, [prompt], *names, temperature=temperature)[0]

@@ -150,7 +150,9 @@ def test_a_canvas_is_cut_where_the_text_ends(tmp_path):
         right = answer(prompt, 64)[: prompt[-1] + 1]
         used = {}
         for eotp in ("off", "committed", "filter", "eager"):
-            out = run(SCRIPTED, [prompt], spec(path, tau=0.9, eotp=eotp), "reference:block=8", max_tokens=64, ignore_eos=False)[0]
+            out = run(
+                SCRIPTED, [prompt], spec(path, tau=0.9, eotp=eotp), "reference:block=8", max_tokens=64, ignore_eos=False
+            )[0]
             used[eotp] = out.usage.computed_tokens
             if eotp != "eager":
                 assert list(out.tokens) == right

@@ -36,7 +36,9 @@ def records() -> tuple[Records, dict[str, int]]:
     return replay(engine(MODEL), MethodContext("tiny", MODEL), tasks(60), CONFIG, quiet)
 
 
-@pytest.mark.parametrize("model", [Masked(), Masked(seed=2, shift=1), Masked(seed=3, block=8)], ids=["full", "shifted", "blocks"])
+@pytest.mark.parametrize(
+    "model", [Masked(), Masked(seed=2, shift=1), Masked(seed=3, block=8)], ids=["full", "shifted", "blocks"]
+)
 def test_the_oracle_writes_the_reference_answer(model):
     """On models that are mostly wrong: where nothing is right the answer itself is written."""
     many = prompts(4, seed=3)
@@ -84,7 +86,7 @@ def test_no_prompt_is_in_two_parts(records):
     parts = split(records[0], seed=1)
     owners = [set(part.prompt.tolist()) for part in parts]
     assert [len(one) for one in owners] == [48, 6, 6]
-    assert not (owners[0] & owners[1] or owners[0] & owners[2] or owners[1] & owners[2])
+    assert len(owners[0] | owners[1] | owners[2]) == 60
     assert sum(len(part.inputs) for part in parts) == len(records[0].inputs)
 
 
@@ -121,7 +123,10 @@ def test_the_recipe_makes_a_filter_that_the_method_finds(tmp_path, monkeypatch):
     model.capabilities = MODEL.capabilities
     seen: list[str] = []
     facts = train_recipe(
-        "learn2pd", language_model(model), Recipe(prompts=100, canvas=32, steps=1000), progress=lambda what, done, total: seen.append(what)
+        "learn2pd",
+        language_model(model),
+        Recipe(prompts=100, canvas=32, steps=1000),
+        progress=lambda what, done, total: seen.append(what),
     )
     assert set(seen) == {"writing answers", "replaying answers", "training"}
     assert facts["path"].endswith("drafters/tiny/learn2pd.safetensors")
@@ -143,7 +148,7 @@ def test_models_and_sizes_it_is_not_for_are_refused(tmp_path, monkeypatch):
         filtering.train(language_model(Masked(block=4)), tasks(4), CONFIG, tmp_path / "x", quiet)
     with pytest.raises(ConfigError, match="leave room"):
         filtering.train(language_model(MODEL), tasks(4), Config(canvas=255, block=8), tmp_path / "x", quiet)
-    with pytest.raises(ConfigError, match="train.prompts"):
+    with pytest.raises(ConfigError, match="at least 8"):
         Recipe(prompts=1)
     with pytest.raises(ConfigError, match="no tokenizer"):
         filtering.tasks(SimpleNamespace(name="tiny", tokenizer=None), 8, 24, 0)

@@ -138,7 +138,7 @@ def test_a_block_causal_model_is_filled_block_by_block():
     model = Masked(seed=3, block=8)
     out = run(model, [[5] * 8], "prophet:mode=block,early=-inf,middle=-inf,late=-inf")[0]
     assert out.usage.forwards == 3
-    with pytest.raises(IncompatibleError, match="never sees"):
+    with pytest.raises(IncompatibleError, match="never sees it"):
         policy(model, "prophet")
 
 

@@ -221,7 +221,7 @@ def tau_for(model: Filter, records: Records, share: float = 0.01) -> float:
 
 
 def measure(model: Filter, records: Records, tau: float = 0.9) -> dict[str, float]:
-    """On open positions: accuracy and both error rates at `tau`, and how well filter and bare confidence tell right ones."""
+    """On open positions: accuracy and both error rates at `tau`, and how well filter and confidence tell right ones."""
     at = records.open & records.known
     says, bare, right = model(records.inputs).sigmoid()[at], records.inputs[at], records.right[at]
     final = says > tau

@@ -38,7 +38,7 @@ RECIPES = {
     "lud": "inputs and an adapter for tokens not known yet (lexical unit decoding)",
     "tvdpp": "a small draft model, pretrained and then aligned with the model by an acceptance loss (TVD++)",
     "aded": "statistics of three tokens in a row over the model's own answers (ADED); seconds, once these are written",
-    "learn2pd": "a filter that knows from confidences which predictions are final (Learn2PD), for models that fill canvases",
+    "learn2pd": "a filter of confidences that says which predictions are final (Learn2PD), for masked models",
 }
 Progress = Callable[[str, int, int], None]
 
@@ -65,7 +65,7 @@ class Recipe:
     alpha: float = 0.9
     seed: int = 0
     loss: str = "tvdpp"
-    prompts: int = 240
+    prompts: int = 120
     canvas: int = 128
 
     def __post_init__(self) -> None:

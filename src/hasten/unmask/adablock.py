@@ -104,7 +104,9 @@ def delimiters(config: Config, context: MethodContext) -> list[int]:
             raise out_of_range("adablock.ids", max(ids), f"token ids below the vocabulary of {size}")
         return ids
     spell = context.tokenizer
-    found = [] if spell is None else [i for i in range(size) if i not in spell.special_ids and b"\n" in spell.token_bytes(i)]
+    found = (
+        [] if spell is None else [i for i in range(size) if i not in spell.special_ids and b"\n" in spell.token_bytes(i)]
+    )
     if not found and config.tau != float("inf"):
         raise ConfigError(
             f"no token of model {context.model!r} holds a line break, so that no block would end early",

@@ -15,7 +15,8 @@ from hasten.types import MethodCard
 
 card = MethodCard(
     slug="eoser-ass",
-    title="Taming Masked Diffusion Language Models via Consistency Trajectory Reinforcement Learning with Fewer Decoding Step",
+    title="Taming Masked Diffusion Language Models via Consistency Trajectory Reinforcement Learning "
+    "with Fewer Decoding Step",
     paper="2509.23924",
     date="2025-09",
     plugs_into="unmask",
@@ -115,7 +116,7 @@ class EndRejection(_Part):
 class Ascending(_Part):
     """Blocks and quotas of ASS. One block: 1, 2, 4, ..., the last step takes the rest of L tokens in floor(log2 L) steps.
 
-    With K blocks the first takes 2^(S-K+1) - 1 tokens in as many steps as that doubling needs, each later one a single step.
+    With K blocks the first takes 2^(S-K+1) - 1 tokens in as many steps as doubling needs, each later one a single step.
     """
 
     def __init__(self, config: Config) -> None:

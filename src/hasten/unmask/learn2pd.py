@@ -1,4 +1,4 @@
-"""Learn2PD and EoTP (2509.25188): a tiny trained filter says which predictions are final, and the canvas ends with the text."""
+"""Learn2PD and EoTP (2509.25188): a tiny trained filter says which predictions are final, and cuts end the canvas early."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ card = MethodCard(
     plugs_into="unmask",
     exactness="lossy",
     claim="LLaDA-8B with canvases of 1024 tokens: up to 22.6x without loss, and 57.5x with a key cache.",
-    no_help="Canvases that the answer fills, and models whose confidence says as much by itself: there a threshold does it.",
+    no_help="Canvases that the answer fills, and models whose confidence says as much: there a threshold does it.",
     knobs={
         "tau": "what the filter must say before a position is committed, in (0, 1]; at 1 it never does",
-        "eotp": "cut at the end of text: off, committed (final), filter (the filter trusts it) or eager (any predicted one)",
+        "eotp": "cut at the end of text: off, committed (final), filter (trusted by it) or eager (any predicted one)",
         "block": "positions of the blocks the filter was trained on; block-causal models bring their own",
         "weights": "the filter's file (empty: the one trained for the model)",
     },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,7 +28,7 @@ card = MethodCard(
     claim="LLaDA-8B and Dream-7B: up to 3.4 times fewer steps with the quality kept.",
     no_help="Long texts, where the gaps say little about the end, and a dual cache, which shows all masks once per block.",
     knobs={
-        "mode": "whose gaps count: masked (all open positions), answer (a region) or block (the block, and only it is filled)",
+        "mode": "whose gaps count: masked (all open positions), answer (a region) or block (and only it is filled)",
         "early": "mean gap between the two best logits that is enough in the first third of the steps (inf: never)",
         "middle": "the gap that is enough in the second third (at most early)",
         "late": "the gap that is enough in the last third (at most middle)",
@@ -98,7 +99,7 @@ class Prophet:
         caps = context.capabilities
         if caps.block is not None and config.mode != "block":
             raise IncompatibleError(
-                f"method 'prophet' in mode {config.mode!r} reads the whole canvas, which model {context.model!r} never sees",
+                f"method 'prophet' in mode {config.mode!r} reads the whole canvas; model {context.model!r} never sees it",
                 hint="use prophet:mode=block",
                 field="prophet.mode",
             )
@@ -121,12 +122,13 @@ class Prophet:
 
     def check(self, view: View, row: CanvasRow, chosen: Tensor) -> tuple[StopAction, int]:
         """("fill_all", -1) or ("continue", -1)."""
-        counted = self._counted(view, row)
-        if row.global_step < self.config.least or not bool(counted.any()):
-            return "continue", -1
-        best = view.logits[counted].topk(2).values
-        gap = float((best[:, 0] - best[:, 1]).mean())
-        return ("fill_all", -1) if gap >= self.config.limit(self._progress(row)) else ("continue", -1)
+        gap = self.gap(view, row) if row.global_step >= self.config.least else math.nan
+        return ("fill_all", -1) if gap >= self.config.limit(self.progress(row)) else ("continue", -1)
+
+    def gap(self, view: View, row: CanvasRow) -> float:
+        """The mean gap of the region; nan where the forward shows none of it."""
+        best = view.logits[self._counted(view, row)].topk(2).values
+        return float((best[:, 0] - best[:, 1]).mean())
 
     def _counted(self, view: View, row: CanvasRow) -> Tensor:
         """bool [P]: the positions whose gaps count."""
@@ -145,7 +147,7 @@ class Prophet:
         low = min(row.prompt_len + self.start, row.end)
         return low, min(low + self.config.length, row.end)
 
-    def _progress(self, row: CanvasRow) -> float:
+    def progress(self, row: CanvasRow) -> float:
         """The share of the decoding that is over, this step counted."""
         steps = (row.global_step + 1) / row.planned
         if self.config.progress == "steps":
