@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hasten import registry
+from hasten.bench.reproduce.prophet import emergence, ladder
 from hasten.engine.contracts import MethodContext
 from hasten.engine.engine import Engine, Parts
 from hasten.engine.parts import CanvasRow, Forward
@@ -250,3 +251,14 @@ def test_templates_outside_the_canvas_or_on_other_text_are_refused():
         engine.add(Request((5,), SamplingParams(max_tokens=6)), Parts(canvas=made))
     with pytest.raises(IncompatibleError, match="two methods pin"):
         Policy(pins=made.pins).join(Policy(pins=made.pins))
+
+
+def test_measured_limits_keep_the_share_of_right_fills():
+    """(progress, gap, whether a fill would be the final answer), as `calibrate` notes them."""
+    notes = [(0.1, 9.0, True), (0.1, 8.0, False), (0.2, 7.0, True)]
+    notes += [(0.5, gap / 10, gap > 30) for gap in range(20, 60)] + [(0.9, gap / 10, gap > 55) for gap in range(20, 60)]
+    assert ladder(notes) == (9.0, 5.6, 5.6)  # late is 5.6, so that the middle is no lower
+    early, middle, late = ladder(notes, share=0.5)
+    assert early >= middle >= late
+    assert ladder([(0.1, 1.0, False)]) == (float("inf"),) * 3
+    assert emergence(notes)["0.9"] == 0.1

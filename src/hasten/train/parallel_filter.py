@@ -154,10 +154,12 @@ def replay(
     again, replayed = _decode(engine, list(zip(requests, policies, strict=True)), "replaying answers", show)
     if again != answers:
         raise ConfigError("the oracle's answers are not those it was given; the model is not deterministic", field="model")
-    columns = [torch.cat([step[i] for one in oracles for step in one.steps + one.cuts]) for i in range(4)]
+    inputs, right, open_, known = (
+        torch.cat([step[i] for one in oracles for step in one.steps + one.cuts]) for i in range(4)
+    )
     owner = [i for i, one in enumerate(oracles) for step in one.steps + one.cuts for _ in step[0]]
     counts = {"reference_forwards": written, "oracle_forwards": replayed}
-    return Records(*columns, torch.tensor(owner)), counts
+    return Records(inputs, right, open_, known, torch.tensor(owner)), counts
 
 
 def split(records: Records, seed: int) -> tuple[Records, Records, Records]:

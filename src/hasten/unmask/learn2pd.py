@@ -70,6 +70,7 @@ class Filter(nn.Module):
         self.first, self.second = nn.Linear(block, block), nn.Linear(block, block)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits [..., B]."""
         out: Tensor = self.second(self.first(x).relu())
         return out
 
