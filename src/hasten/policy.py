@@ -131,7 +131,8 @@ class Policy:
         """The first state of a request's canvas: its prompt, then masks, fixed text and pins.
 
         Raises ConfigError naming the field: the mask token in a prompt, settings that only mean something from left to
-        right, a template or pins outside the canvas, fewer steps than blocks.
+        right, a template or pins outside the canvas, fewer steps than blocks, and whatever `admit(row)` of a part refuses,
+        where a part has one.
         """
         _refuse_sequential(request.sampling)
         prompt, sampling, mask_id = request.prompt, request.sampling, capabilities.mask_id
@@ -174,6 +175,9 @@ class Policy:
             sampling=sampling,
             blank=mask_id or 0,
         )
+        for part in self.parts:
+            if (admit := getattr(part, "admit", None)) is not None:
+                admit(row)
         return replace(row, planned=self._has(self.schedule, "schedule").planned(row))
 
     @staticmethod
@@ -213,7 +217,7 @@ class Policy:
         chosen = torch.zeros_like(open_)
         for stop in self.stops:
             if stop.when == "before" and stop.check(view, row, chosen)[0] == "fill_all":
-                return _commit(row, view, view.masked, history)
+                return _commit(row, view, view.masked if stop.range == "all_masked" else open_, history)
         for selector in self.selectors:
             history[selector.name], more = selector.select(history.get(selector.name), view, row, row.quota)
             chosen = chosen | more

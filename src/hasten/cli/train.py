@@ -25,7 +25,7 @@ def train(
     recipe: Annotated[
         str,
         typer.Argument(
-            help="What to train. For a model: eagle, fspad, medusa, hidden-transfer, lud, tvdpp, aded. "
+            help="What to train. For a model: eagle, fspad, medusa, hidden-transfer, lud, tvdpp, aded, learn2pd. "
             "From nothing: mini-dlm, mini-ar, mini-bdlm. Of a small masked-diffusion model a surer one: dparallel."
         ),
     ],
