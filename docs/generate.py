@@ -346,7 +346,8 @@ def canvases() -> str:
             rows.append((canvas, f"{name} ({methods})", *cells, worlds))
     text = (
         f"{result['model']}, greedy, batch 1, unseen tasks of three seeds, every answer verified; medians over seeds "
-        f"(range in brackets), {about['threads']} threads of {about['cpu']}, {about['date']}; `python bench/canvas.py` repeats it "
+        f"(range in brackets), {about['threads']} threads of {about['cpu']}, {about['date']}; "
+        "`python bench/canvas.py` repeats it "
         "([result file](../bench/results/canvas.json)). Speed is the wall time of the one-token reference sampler without "
         "a cache divided by the arm's, over whole requests."
     )

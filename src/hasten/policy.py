@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -56,7 +57,7 @@ class Policy:
     cache: CachePolicy | None = None
     pins: Mapping[int, int] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def parts(self) -> list[CanvasPart]:
         """All parts, in the order of the fields."""
         found: list[CanvasPart] = []
@@ -66,17 +67,17 @@ class Policy:
                 found += value if isinstance(value, tuple) else [value]
         return found
 
-    @property
+    @cached_property
     def everywhere(self) -> bool:
         """Whether a part reads masked positions beyond the window."""
         return any(part.range == "all_masked" for part in self.parts)
 
-    @property
+    @cached_property
     def ahead(self) -> bool:
         """Whether blocks are planned from a forward that shows everything."""
         return any(part.range == "block_start_full" for part in self.parts)
 
-    @property
+    @cached_property
     def final(self) -> bool:
         """Whether committed text stays."""
         return not any(part.mutates_committed for part in self.parts)
@@ -130,7 +131,8 @@ class Policy:
         """The first state of a request's canvas: its prompt, then masks, fixed text and pins.
 
         Raises ConfigError naming the field: the mask token in a prompt, settings that only mean something from left to
-        right, a template or pins outside the canvas, fewer steps than blocks.
+        right, a template or pins outside the canvas, fewer steps than blocks, and whatever `admit(row)` of a part refuses,
+        where a part has one.
         """
         _refuse_sequential(request.sampling)
         prompt, sampling, mask_id = request.prompt, request.sampling, capabilities.mask_id
@@ -173,6 +175,9 @@ class Policy:
             sampling=sampling,
             blank=mask_id or 0,
         )
+        for part in self.parts:
+            if (admit := getattr(part, "admit", None)) is not None:
+                admit(row)
         return replace(row, planned=self._has(self.schedule, "schedule").planned(row))
 
     @staticmethod
@@ -212,7 +217,7 @@ class Policy:
         chosen = torch.zeros_like(open_)
         for stop in self.stops:
             if stop.when == "before" and stop.check(view, row, chosen)[0] == "fill_all":
-                return _commit(row, view, view.masked, history)
+                return _commit(row, view, view.masked if stop.range == "all_masked" else open_, history)
         for selector in self.selectors:
             history[selector.name], more = selector.select(history.get(selector.name), view, row, row.quota)
             chosen = chosen | more

@@ -117,7 +117,7 @@ def test_a_small_model_is_trained_from_nothing(hasten, tmp_path, monkeypatch):
     result = hasten("train", "recipes/mini-ar", "--steps", "2", "--tokens", "1100")
     assert result.code == 0, result.err
     assert "sort      32: 0 %" in result.out
-    facts = json.loads(hasten("train", "mini-ar", "--steps", "2", "--tokens", "1100", "--json").out)
+    facts = json.loads(hasten("train", "mini-ar", "--steps", "2", "--tokens", "1100", "--no-measure", "--json").out)
     assert (facts["steps_done"], facts["training"]["mixture"]["tokens"]) == (2, 1100)
     assert Path(facts["path"]).is_relative_to(tmp_path)
     llm = package.load(facts["path"])
@@ -162,6 +162,7 @@ def test_a_small_model_is_made_surer(hasten, tmp_path, monkeypatch):
         (("eagle", "some-model", "--minutes", "3"), "--minutes does not go with recipe 'eagle'"),
         (("eagle",), "needs a model"),
         (("mini-dml",), "mini-dlm"),
+        (("eagle", "some-model", "--no-measure"), "--no-measure does not go with"),
     ],
 )
 def test_what_does_not_go_together_is_refused(hasten, tmp_path, monkeypatch, arguments, message):

@@ -269,6 +269,25 @@ def test_a_cut_run_goes_on_as_if_it_had_not_been(tmp_path):
         Run(TINY, replace(config, lr=1e-3), SMALL).fit(path)
 
 
+def test_a_warm_start_keeps_the_sizes_of_queries_and_keys():
+    """One head, so that the norm takes nothing but each vector's own size: scores stay close to those without norms."""
+    shape = replace(TINY, heads=1)
+    full, run = loud(shape), Run(replace(shape, kind="block"), Config(steps=5), SMALL)
+    with torch.no_grad():
+        full.layers[0].q.weight.mul_(20)
+        full.layers[1].k.weight.mul_(30)
+    run.start_from(full.state_dict())
+    for network in (run.network, run.averaged):
+        state = network.state_dict()
+        assert torch.equal(state["layers.1.gate.weight"], full.layers[1].gate.weight)
+        sizes = {name[7:-12]: weight[0].item() for name, weight in state.items() if "q_norm" in name or "k_norm" in name}
+        assert sizes["0.q"] > 10 * sizes["0.k"]
+        assert sizes["1.k"] > 10 * sizes["1.q"]
+    again = Run(replace(shape, kind="block"), Config(steps=5), SMALL)
+    again.start_from({**run.network.state_dict(), "layers.0.q_norm.weight": torch.full((32,), 7.0)})
+    assert again.network.state_dict()["layers.0.q_norm.weight"][0] == 7
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_at_the_third_time():
     run = Run(TINY, Config(steps=9), SMALL)
     with torch.no_grad():

@@ -9,7 +9,7 @@ import typer
 
 from hasten.cli._shared import as_json, open_model, progress_bar
 
-_FOR_MINIS = {"recipe", "steps", "minutes", "tokens", "seed", "start", "out", "work", "threads", "json"}
+_FOR_MINIS = {"recipe", "steps", "minutes", "tokens", "seed", "start", "out", "work", "no_measure", "threads", "json"}
 _FOR_DPARALLEL = {"recipe", "model", "texts", "steps", "tokens", "seed", "out", "work", "threads", "json"}
 _FOR_DRAFTERS = {"recipe", "model", "texts", "answer", "steps", "tokens", "vocab", "loss", "seed", "out", "work", "dtype",
                  "threads", "json"}  # fmt: skip
@@ -25,7 +25,7 @@ def train(
     recipe: Annotated[
         str,
         typer.Argument(
-            help="What to train. For a model: eagle, fspad, medusa, hidden-transfer, lud, tvdpp, aded. "
+            help="What to train. For a model: eagle, fspad, medusa, hidden-transfer, lud, tvdpp, aded, learn2pd. "
             "From nothing: mini-dlm, mini-ar, mini-bdlm. Of a small masked-diffusion model a surer one: dparallel."
         ),
     ],
@@ -45,6 +45,9 @@ def train(
     start: Annotated[Path | None, typer.Option(help="mini-bdlm: directory of the mini-dlm it begins with.")] = None,
     out: Annotated[Path | None, typer.Option(help="File or directory to write (default: in the cache).")] = None,
     work: Annotated[Path | None, typer.Option(help="Folder for what lets a cut run go on (default: the cache).")] = None,
+    no_measure: Annotated[
+        bool, typer.Option("--no-measure", help="Small models: do not count right answers at the end (ten minutes).")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="Drafters: auto, float32 or bfloat16, for the model.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads (default: all).")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
@@ -61,10 +64,12 @@ def train(
         raise unknown_name("recipe", recipe, [*RECIPES, *MINIS, "dparallel"])
     known = _FOR_MINIS if recipe in MINIS else _FOR_DPARALLEL if recipe == "dparallel" else _FOR_DRAFTERS
     for name in sorted(given - known):
-        option = "MODEL" if name == "model" else f"--{name}"
+        option = "MODEL" if name == "model" else "--" + name.replace("_", "-")
         raise ConfigError(f"{option} does not go with recipe {recipe!r}", hint="hasten train --help", field=name)
     if recipe in MINIS:
         own: dict[str, Any] = {name: value for name, value in (("steps", steps), ("tokens", tokens)) if name in given}
+        if no_measure:
+            own["counts"] = {}
         _mini(recipe, threads, json, minutes=minutes, seed=seed, start=start, out=out, work=work, **own)
         return
     if model is None:
@@ -150,4 +155,6 @@ def _mini(recipe: str, threads: int | None, json: bool, **how: Any) -> None:
     )
     for world, row in facts["exact_match"]["worlds"].items():
         typer.echo(f"{world:<9} " + ", ".join(f"{canvas}: {cell['exact']:g} %" for canvas, cell in row.items()))
-    typer.echo("(answers that are exact, on prompts it has not seen, by size of canvas)")
+    if facts["exact_match"]["worlds"]:
+        typer.echo("(answers that are exact, on prompts it has not seen, by size of canvas)")
+    typer.echo(f"use it: hasten run {facts['path']} PROMPT")

@@ -3,8 +3,8 @@
 A masked token can often be copied from where its neighbours stand elsewhere. A network finds that out only after millions
 of tokens; here it begins with it (compare "Mimetic initialization", arXiv 2305.09828, which does it for other patterns).
 Layer 0: head h reads the token at one of the offsets -1, 1, -2, 2, found by rotary angles alone. Layer 1: a head looks for
-places whose neighbours are those of the query, away from masked ones, and copies what stands there. The circuit is held for
-the first steps, while the rest learns to use it, and then trained like everything else.
+places whose neighbours are those of the query, away from masked ones, and copies what stands there. The circuit is held
+for the first half of a run, while the rest learns to use it, and then trained like everything else.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hasten.train.network import Layer, Network
 
 OFFSETS = (-1, 1, -2, 2)
 PAIRS = (((0, 2), (0, 2)), ((1, 3), (1, 3)), ((0, 2), (1, 3)), ((1, 3), (0, 2)))  # neighbours of the query, of the key
-HELD = 2000  # steps
+HELD = 0.476  # share of a run: the first 1999 of 4200 steps
 _WIDTH = 0.1  # standard deviation of embeddings and of the codes of neighbours
 _LEVEL = 4 * _WIDTH  # of the two marks in embeddings: channel 0 says "a token", channel 1 "a mask"
 _EMBEDDING, _STREAM = 1.03 * _WIDTH, 2.3 * _WIDTH  # root mean square of embeddings, and of the stream behind layer 0
@@ -54,12 +54,12 @@ def begin(network: Network, seed: int = 0) -> None:
         _lookup(second, size, codes, generator)
 
 
-def hold(network: Network, step: int) -> None:
-    """Take away the gradients of the two marks, and, before step HELD, of the circuit."""
+def hold(network: Network, progress: float) -> None:
+    """Take away the gradients of the two marks, and, until the share HELD of a run is over, of the circuit."""
     grads = [network.embed.weight.grad]
     if grads[0] is not None:
         grads[0][:, :2] = 0
-    if step < HELD:
+    if progress < HELD:
         first, second = (cast(Layer, one) for one in network.layers[:2])
         for weight in (
             *(one.weight for one in (first.q, first.k, first.v, first.out, second.q, second.k)),

@@ -24,6 +24,7 @@ from hasten.models.transformer import Transformer
 from hasten.train import ahead
 from hasten.train import align as aligning
 from hasten.train import features as training
+from hasten.train import parallel_filter as filtering
 from hasten.train.self_text import Texts, prompts, write
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ RECIPES = {
     "lud": "inputs and an adapter for tokens not known yet (lexical unit decoding)",
     "tvdpp": "a small draft model, pretrained and then aligned with the model by an acceptance loss (TVD++)",
     "aded": "statistics of three tokens in a row over the model's own answers (ADED); seconds, once these are written",
+    "learn2pd": "a filter of confidences that says which predictions are final (Learn2PD), for masked models",
 }
 Progress = Callable[[str, int, int], None]
 
@@ -48,6 +50,7 @@ class Recipe:
     `heads` is the number of Medusa's. `ahead` tokens are guessed by hidden transfer, from the layer at the share `entry` of
     the stack on, and by LUD, whose units hold while the model is sure by `alpha`.
     TVD++ takes half of the steps to pretrain and half to align by `loss` ("none": it is left as pretrained).
+    Learn2PD fills canvases of `canvas` tokens for `prompts` prompts.
     """
 
     texts: int = 1600
@@ -62,6 +65,8 @@ class Recipe:
     alpha: float = 0.9
     seed: int = 0
     loss: str = "tvdpp"
+    prompts: int = 120
+    canvas: int = 128
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -73,6 +78,8 @@ class Recipe:
             ("held_out", 1),
             ("heads", 1),
             ("ahead", 1),
+            ("prompts", 8),
+            ("canvas", 8),
         ):
             if getattr(self, name) < least:
                 raise out_of_range(f"train.{name}", getattr(self, name), f"at least {least}")
@@ -101,7 +108,7 @@ def train(
     """
     if slug not in RECIPES:
         raise unknown_name("recipe", slug, RECIPES)
-    if slug != "aded" and not isinstance(llm.model, DecoderStack):
+    if slug not in ("aded", "learn2pd") and not isinstance(llm.model, DecoderStack):
         raise IncompatibleError(
             f"recipe {slug!r} needs a model of hasten's own decoder stack; {llm.name!r} runs on {llm.model.name!r}",
             field="model",
@@ -113,6 +120,10 @@ def train(
     work.mkdir(parents=True, exist_ok=True)
     out = out or cache_dir() / "drafters" / place / f"{slug}.safetensors"
     out.parent.mkdir(parents=True, exist_ok=True)
+    if slug == "learn2pd":
+        size = filtering.Config(recipe.canvas, llm.model.capabilities.block or 32, recipe.steps, seed=recipe.seed)
+        given = filtering.tasks(llm, recipe.prompts, recipe.canvas, recipe.seed)
+        return {**filtering.train(llm, given, size, out, show), "seconds": round(time.perf_counter() - started, 1)}
     texts = self_text(llm, recipe, work, show)
     learnt, held = texts.split(min(recipe.held_out, len(texts) - 1))  # some prompts are too long and left out
     if slug == "aded":
