@@ -22,9 +22,9 @@ from hasten.types import MethodCard
 FOLDERS = ("draft", "unmask", "logits", "compress", "reduce", "arch", "embed", "privacy")
 _GROUP = "hasten.methods"
 PRESETS: Mapping[str, tuple[str, ...]] = {
-    "auto": ("reference", "freedave"),
+    "auto": ("reference", "freedave:d=0"),
     "plain": ("reference",),
-    "exact": ("reference", "freedave"),
+    "exact": ("reference", "freedave:d=0"),
     "fast": ("threshold", "canvas-cache"),
     "few-step": ("eoser-ass",),
 }  # what the names stand for on a model that fills canvases
