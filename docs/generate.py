@@ -345,8 +345,9 @@ def canvases() -> str:
             cells = (_spread(one["accuracy"]), _spread(one["nfe"]), _spread(one["speedup"], "x"))
             rows.append((canvas, f"{name} ({methods})", *cells, worlds))
     text = (
-        f"{result['model']}, greedy, batch 1, unseen tasks of three seeds, every answer verified; medians over seeds (range "
-        f"in brackets), {about['threads']} threads of {about['cpu']}, {about['date']}; `python bench/canvas.py` repeats it "
+        f"{result['model']}, greedy, batch 1, unseen tasks of three seeds, every answer verified; medians over seeds "
+        f"(range in brackets), {about['threads']} threads of {about['cpu']}, {about['date']}; "
+        "`python bench/canvas.py` repeats it "
         "([result file](../bench/results/canvas.json)). Speed is the wall time of the one-token reference sampler without "
         "a cache divided by the arm's, over whole requests."
     )
@@ -367,11 +368,12 @@ def minis() -> str:
             (name, *(f"{row[c]['exact']:g} ({row[c]['samples']})" if c in row else "" for c in canvases))
             for name, row in worlds.items()
         ]
-        how = one["training"]
-        parts += [
-            f"**{one['name']}**: {one['summary']}. {one['parameters']:,} parameters, seed {how['seed']}, "
+        facts = (
+            f"**{one['name']}**: {one['summary']}. {one['parameters']:,} parameters, seed {one['training']['seed']}, "
             f"{one['steps_done']} steps, {one['tokens_seen'] / 1e6:.1f} million tokens, {one['minutes']:g} minutes. "
-            f"{one.get('note', '')}".strip(),
+        )
+        parts += [
+            (facts + one.get("note", "")).strip(),
             f"Exact answers in percent, and the number of samples, by canvas ({one['exact_match']['how']}):",
             table(("world", *canvases), rows),
             f"Calibration ({one['calibration']['how']}): "

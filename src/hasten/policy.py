@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -56,7 +57,7 @@ class Policy:
     cache: CachePolicy | None = None
     pins: Mapping[int, int] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def parts(self) -> list[CanvasPart]:
         """All parts, in the order of the fields."""
         found: list[CanvasPart] = []
@@ -66,17 +67,17 @@ class Policy:
                 found += value if isinstance(value, tuple) else [value]
         return found
 
-    @property
+    @cached_property
     def everywhere(self) -> bool:
         """Whether a part reads masked positions beyond the window."""
         return any(part.range == "all_masked" for part in self.parts)
 
-    @property
+    @cached_property
     def ahead(self) -> bool:
         """Whether blocks are planned from a forward that shows everything."""
         return any(part.range == "block_start_full" for part in self.parts)
 
-    @property
+    @cached_property
     def final(self) -> bool:
         """Whether committed text stays."""
         return not any(part.mutates_committed for part in self.parts)

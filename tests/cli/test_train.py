@@ -117,24 +117,52 @@ def test_a_small_model_is_trained_from_nothing(hasten, tmp_path, monkeypatch):
     result = hasten("train", "recipes/mini-ar", "--steps", "2", "--tokens", "1100")
     assert result.code == 0, result.err
     assert "sort      32: 0 %" in result.out
-    facts = json.loads(hasten("train", "mini-ar", "--steps", "2", "--tokens", "1100", "--json").out)
+    facts = json.loads(hasten("train", "mini-ar", "--steps", "2", "--tokens", "1100", "--no-measure", "--json").out)
     assert (facts["steps_done"], facts["training"]["mixture"]["tokens"]) == (2, 1100)
     assert Path(facts["path"]).is_relative_to(tmp_path)
     llm = package.load(facts["path"])
     assert llm.generate("sort: b a\n", max_tokens=3).usage.completion_tokens <= 3
 
 
+def test_a_small_model_is_made_surer(hasten, tmp_path, monkeypatch):
+    from hasten.train import certainty
+
+    asked = []
+    figures = {"accuracy": 90.0, "nfe": 7.5, "tau": 0.2}
+    facts = {"path": "there", "bytes": 6_000_000, "minutes": 9.5}
+    facts["dparallel"] = {"tau": 0.2, "one_token_per_step": figures, "before": figures, "after": figures}
+
+    def distil(model, config, **where):
+        where["progress"]("training", 1, 2)
+        asked.append((model, config, where["out"]))
+        return facts
+
+    monkeypatch.setattr(certainty, "distil", distil)
+    result = hasten("train", "dparallel", "mini-dlm", "--steps", "3", "--out", str(tmp_path))
+    assert result.code == 0, result.err
+    assert asked == [("mini-dlm", certainty.Config(steps=3), tmp_path)]
+    assert "tau 0.2 nats" in result.out
+    assert "7.5 forwards per answer" in result.out
+    assert json.loads(hasten("train", "dparallel", "mini-dlm", "--json").out) == facts
+    assert asked[1][1] == certainty.Config()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("dparallel", "mini-dlm", "--loss", "tvd"), "--loss does not go with recipe 'dparallel'"),
+        (("dparallel", "mini-dlm", "--steps", "0"), "train.steps"),
+        (("dparallel", "no-such-model"), "no-such-model"),
+        (("dparallel",), "needs a model"),
         (("mini-dlm", "some-model"), "MODEL does not go with recipe 'mini-dlm'"),
         (("recipes/mini-dlm", "--texts", "30"), "--texts does not go with recipe 'mini-dlm'"),
         (("mini-ar", "--steps", "3", "--minutes", "2"), "both given"),
         (("mini-ar", "--start", "somewhere"), "fresh weights"),
         (("mini-ar", "--threads", "0"), "threads"),
         (("eagle", "some-model", "--minutes", "3"), "--minutes does not go with recipe 'eagle'"),
-        (("eagle",), "needs the model"),
+        (("eagle",), "needs a model"),
         (("mini-dml",), "mini-dlm"),
+        (("eagle", "some-model", "--no-measure"), "--no-measure does not go with"),
     ],
 )
 def test_what_does_not_go_together_is_refused(hasten, tmp_path, monkeypatch, arguments, message):

@@ -61,11 +61,11 @@ def toy():
                 masked[0, list(chosen)] = True
                 logits = net.logits(net(one.ids.masked_fill(masked, alphabet.MASK)))[masked]
                 each[chosen] = float(F.cross_entropy(logits, one.ids[masked], reduction="sum"))
-    return net, one, each
+    return net, each
 
 
 def test_count_form_linear_form_and_enumeration_agree():
-    net, one, each = toy()
+    net, each = toy()
     size = 4
     count = sum(ce / len(s) / math.comb(size, len(s)) / size for s, ce in each.items())
     # the integral over t of t^(k-1) (1-t)^(A-k), which the linear form takes for a subset of k, is a beta function
@@ -240,8 +240,11 @@ def test_long_canvases_have_their_share_and_come_late():
 
 def test_canvases_are_the_least_one_or_a_bit_more():
     rng = Random(0)
-    assert {canvas_of(20, rng, 0.0) for _ in range(9)} == {32}
-    assert {canvas_of(n, rng, 1.0) >= n + 1 for n in range(1, 512)} == {True}
+    tight, plain, roomy = (replace(SMALL, tight=t, roomy=r) for t, r in ((1.0, 0.0), (0.0, 0.0), (0.0, 1.0)))
+    assert {canvas_of(20, rng, plain) for _ in range(9)} == {32}
+    assert {canvas_of(20, rng, roomy) for _ in range(9)} == {64}
+    assert {canvas_of(20, rng, tight) for _ in range(40)} == {24, 32}
+    assert all(n < canvas_of(n, rng, one) <= 512 for n in range(1, 512) for one in (tight, plain, roomy))
 
 
 # --- runs ---
@@ -264,6 +267,25 @@ def test_a_cut_run_goes_on_as_if_it_had_not_been(tmp_path):
     done.fit(path, lambda step, value: pytest.fail("a finished run has nothing to do"))
     with pytest.raises(ConfigError, match="remove it"):
         Run(TINY, replace(config, lr=1e-3), SMALL).fit(path)
+
+
+def test_a_warm_start_keeps_the_sizes_of_queries_and_keys():
+    """One head, so that the norm takes nothing but each vector's own size: scores stay close to those without norms."""
+    shape = replace(TINY, heads=1)
+    full, run = loud(shape), Run(replace(shape, kind="block"), Config(steps=5), SMALL)
+    with torch.no_grad():
+        full.layers[0].q.weight.mul_(20)
+        full.layers[1].k.weight.mul_(30)
+    run.start_from(full.state_dict())
+    for network in (run.network, run.averaged):
+        state = network.state_dict()
+        assert torch.equal(state["layers.1.gate.weight"], full.layers[1].gate.weight)
+        sizes = {name[7:-12]: weight[0].item() for name, weight in state.items() if "q_norm" in name or "k_norm" in name}
+        assert sizes["0.q"] > 10 * sizes["0.k"]
+        assert sizes["1.k"] > 10 * sizes["1.q"]
+    again = Run(replace(shape, kind="block"), Config(steps=5), SMALL)
+    again.start_from({**run.network.state_dict(), "layers.0.q_norm.weight": torch.full((32,), 7.0)})
+    assert again.network.state_dict()["layers.0.q_norm.weight"][0] == 7
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_at_the_third_time():
@@ -293,7 +315,7 @@ def test_every_kind_learns(kind):
 
 @pytest.mark.slow
 def test_a_small_network_learns_64_samples_by_heart():
-    one = collate([row(*draw(Random(i), replace(SMALL, roomy=0.0), 0.0)) for i in range(64)])
+    one = collate([row(*draw(Random(i), replace(SMALL, tight=0.0, roomy=0.0), 0.0)) for i in range(64)])
     run = Run(Shape(hidden=128, layers=4, heads=4, ffn=352), Config(steps=400, lr=8e-3, warmup=20, bfloat16=False), SMALL)
     from hasten.train import pretrain
 
@@ -364,7 +386,10 @@ def small_recipes(monkeypatch):
     """The recipes with networks and numbers of steps for tests."""
     monkeypatch.setattr(
         minis, "MINIS",
-        {name: replace(one, shape=replace(TINY, kind=one.shape.kind), steps=2) for name, one in minis.MINIS.items()},
+        {
+            name: replace(one, shape=replace(TINY, kind=one.shape.kind), steps=2, matching=False)
+            for name, one in minis.MINIS.items()
+        },
     )  # fmt: skip
 
 
@@ -372,7 +397,7 @@ def small_recipes(monkeypatch):
 def test_a_recipe_writes_a_model_with_its_card(name, small_recipes, tmp_path):
     from hasten.train.released import read
 
-    how = {"tokens": 1100, "counts": {32: 1}, "work": tmp_path / "work", "out": tmp_path / name}
+    how = {"tokens": 1100, "counts": {}, "work": tmp_path / "work", "out": tmp_path / name}
     facts = minis.pretrain(name, **how)
     assert (facts["name"], facts["license"], facts["steps_done"]) == (name, "Apache-2.0", 2)
     assert facts["tokens_seen"] > facts["answer_tokens_seen"] > 0
@@ -380,8 +405,24 @@ def test_a_recipe_writes_a_model_with_its_card(name, small_recipes, tmp_path):
     assert minis.pretrain(name, **how)["minutes"] == facts["minutes"], "a finished run is only measured again"
 
 
+def test_the_recipe_of_mini_dlm_begins_with_layers_that_match(monkeypatch, tmp_path):
+    recipe = minis.MINIS["mini-dlm"]
+    assert recipe.matching
+    small = replace(recipe, shape=Shape(hidden=128, ffn=64, layers=2), steps=1, lr=1e-9)
+    monkeypatch.setattr(minis, "MINIS", {"mini-dlm": small})
+    how = {"tokens": 1100, "counts": {}, "work": tmp_path / "work", "out": tmp_path / "out"}
+    facts = minis.pretrain("mini-dlm", **how)
+    assert facts["started_from"] == "matching context"
+    expected = Network(small.shape)
+    minis.matching.begin(expected)
+    from hasten.train.released import read
+
+    made = read(tmp_path / "out").get_parameter("layers.0.k.weight")
+    assert torch.allclose(made, expected.get_parameter("layers.0.k.weight"), atol=1e-3)
+
+
 def test_minutes_become_steps_once(small_recipes, tmp_path):
-    how = {"tokens": 1100, "counts": {32: 1}, "work": tmp_path / "work", "out": tmp_path / "out", "minutes": 0.002}
+    how = {"tokens": 1100, "counts": {}, "work": tmp_path / "work", "out": tmp_path / "out", "minutes": 0.002}
     facts = minis.pretrain("mini-ar", **how)
     assert facts["steps_done"] >= 1
     assert minis.pretrain("mini-ar", **how)["steps_done"] == facts["steps_done"]

@@ -160,7 +160,8 @@ def test_splits_are_disjoint_and_as_large_as_said():
         found[split_of(prompt)].add(prompt)
         assert split_of(prompt) == split_of(prompt.strip()) == split_of(f" {prompt}")
     total = sum(map(len, found.values()))
-    assert not (found["train"] & (found["dev"] | found["test"]) or found["dev"] & found["test"])
+    assert not found["train"] & (found["dev"] | found["test"])
+    assert not found["dev"] & found["test"]
     for split, share in (("train", 0.9), ("dev", 0.05), ("test", 0.05)):
         assert abs(len(found[split]) / total - share) < 0.015
 

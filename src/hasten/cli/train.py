@@ -9,7 +9,8 @@ import typer
 
 from hasten.cli._shared import as_json, open_model, progress_bar
 
-_FOR_MINIS = {"recipe", "steps", "minutes", "tokens", "seed", "start", "out", "work", "threads", "json"}
+_FOR_MINIS = {"recipe", "steps", "minutes", "tokens", "seed", "start", "out", "work", "no_measure", "threads", "json"}
+_FOR_DPARALLEL = {"recipe", "model", "texts", "steps", "tokens", "seed", "out", "work", "threads", "json"}
 _FOR_DRAFTERS = {"recipe", "model", "texts", "answer", "steps", "tokens", "vocab", "loss", "seed", "out", "work", "dtype",
                  "threads", "json"}  # fmt: skip
 
@@ -25,7 +26,7 @@ def train(
         str,
         typer.Argument(
             help="What to train. For a model: eagle, fspad, medusa, hidden-transfer, lud, tvdpp, aded, learn2pd. "
-            "From nothing: mini-dlm, mini-ar, mini-bdlm."
+            "From nothing: mini-dlm, mini-ar, mini-bdlm. Of a small masked-diffusion model a surer one: dparallel."
         ),
     ],
     model: Annotated[
@@ -44,6 +45,9 @@ def train(
     start: Annotated[Path | None, typer.Option(help="mini-bdlm: directory of the mini-dlm it begins with.")] = None,
     out: Annotated[Path | None, typer.Option(help="File or directory to write (default: in the cache).")] = None,
     work: Annotated[Path | None, typer.Option(help="Folder for what lets a cut run go on (default: the cache).")] = None,
+    no_measure: Annotated[
+        bool, typer.Option("--no-measure", help="Small models: do not count right answers at the end (ten minutes).")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="Drafters: auto, float32 or bfloat16, for the model.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads (default: all).")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
@@ -56,19 +60,24 @@ def train(
     from hasten.train.recipes import train as run
 
     recipe, given = plain_name(recipe), _given(context)
-    if recipe not in (*RECIPES, *MINIS):
-        raise unknown_name("recipe", recipe, [*RECIPES, *MINIS])
-    for name in sorted(given - (_FOR_MINIS if recipe in MINIS else _FOR_DRAFTERS)):
-        option = "MODEL" if name == "model" else f"--{name}"
+    if recipe not in (*RECIPES, *MINIS, "dparallel"):
+        raise unknown_name("recipe", recipe, [*RECIPES, *MINIS, "dparallel"])
+    known = _FOR_MINIS if recipe in MINIS else _FOR_DPARALLEL if recipe == "dparallel" else _FOR_DRAFTERS
+    for name in sorted(given - known):
+        option = "MODEL" if name == "model" else "--" + name.replace("_", "-")
         raise ConfigError(f"{option} does not go with recipe {recipe!r}", hint="hasten train --help", field=name)
     if recipe in MINIS:
         own: dict[str, Any] = {name: value for name, value in (("steps", steps), ("tokens", tokens)) if name in given}
+        if no_measure:
+            own["counts"] = {}
         _mini(recipe, threads, json, minutes=minutes, seed=seed, start=start, out=out, work=work, **own)
         return
     if model is None:
-        raise ConfigError(
-            f"recipe {recipe!r} needs the model the drafter is for", hint=f"hasten train {recipe} MODEL", field="model"
-        )
+        raise ConfigError(f"recipe {recipe!r} needs a model", hint=f"hasten train {recipe} MODEL", field="model")
+    if recipe == "dparallel":
+        sizes_given = (("texts", texts), ("steps", steps), ("tokens", tokens))
+        _dparallel(model, threads, json, out, work, seed=seed, **{k: v for k, v in sizes_given if k in given})
+        return
     sizes = Recipe(
         texts=texts,
         answer=answer,
@@ -101,17 +110,41 @@ def _given(context: typer.Context) -> set[str]:
     return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
 
-def _mini(recipe: str, threads: int | None, json: bool, **how: Any) -> None:
-    """Train one of the small models and say how good it is."""
-    from hasten.errors import out_of_range
-    from hasten.train.minis import pretrain
-
+def _use(threads: int | None) -> None:
+    """Compute with so many threads."""
     if threads is not None:
         import torch
+
+        from hasten.errors import out_of_range
 
         if threads < 1:
             raise out_of_range("threads", threads, "at least 1")
         torch.set_num_threads(threads)
+
+
+def _dparallel(model: str, threads: int | None, json: bool, out: Path | None, work: Path | None, **sizes: Any) -> None:
+    """Make a small masked-diffusion model surer and say what that saves at which threshold."""
+    from hasten.train.certainty import Config, distil
+
+    _use(threads)
+    with progress_bar() as progress:
+        facts = distil(model, Config(**sizes), out=out, work=work, progress=progress)
+    if json:
+        typer.echo(as_json(facts))
+        return
+    found = facts["dparallel"]
+    typer.echo(f"{facts['path']}: {facts['bytes'] / 1e6:.1f} MB in {facts['minutes']:g} min, tau {found['tau']:g} nats")
+    for what in ("one_token_per_step", "before", "after"):
+        figures = found[what]
+        typer.echo(f"{what.replace('_', ' '):<18} {figures['accuracy']:g} % right, {figures['nfe']:g} forwards per answer")
+    typer.echo(f"use it: hasten run {facts['path']} PROMPT --method dparallel")
+
+
+def _mini(recipe: str, threads: int | None, json: bool, **how: Any) -> None:
+    """Train one of the small models and say how good it is."""
+    from hasten.train.minis import pretrain
+
+    _use(threads)
     with progress_bar() as progress:
         facts = pretrain(recipe, progress=progress, **how)
     if json:
@@ -122,4 +155,6 @@ def _mini(recipe: str, threads: int | None, json: bool, **how: Any) -> None:
     )
     for world, row in facts["exact_match"]["worlds"].items():
         typer.echo(f"{world:<9} " + ", ".join(f"{canvas}: {cell['exact']:g} %" for canvas, cell in row.items()))
-    typer.echo("(answers that are exact, on prompts it has not seen, by size of canvas)")
+    if facts["exact_match"]["worlds"]:
+        typer.echo("(answers that are exact, on prompts it has not seen, by size of canvas)")
+    typer.echo(f"use it: hasten run {facts['path']} PROMPT")

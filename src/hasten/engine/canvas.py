@@ -187,6 +187,7 @@ class CanvasLoop:
         canvas.computed += (high - low) * count
         canvas.forwards += 1
         self._emit(canvas, "forward", total=(high - low) * count, backbone=self.backbone.name)
+        canvas.cache.truncate(min(canvas.cache.length, canvas.state.end))  # nothing sees what a cut took away
         if not canvas.policy.cache.stores:
             return [RowInput(one.tokens[low:high], span, None, self._visibility, tuple(index)) for one in turn.branches]
         if count == 1:
@@ -217,10 +218,8 @@ class CanvasLoop:
         cache, policy = turn.canvas.cache, turn.canvas.policy.cache
         if policy.stores:
             length = policy.length(turn.canvas.state, turn.refresh, turn.high)
-            if length > cache.length:
-                cache.advance(length - cache.length)
-            elif length < cache.length:
-                cache.truncate(length)
+            cache.truncate(min(length, cache.length))
+            cache.advance(length - cache.length)
 
     def _settle(self, canvas: Canvas, branches: Sequence[CanvasRow], forwards: Sequence[Forward]) -> None:
         """Take the steps that this pass allows."""

@@ -197,7 +197,8 @@ class Engine:
                 for choice, cache in enumerate(caches)
             ]  # fmt: skip
 
-        slots = len(first.tokens) + (policy.stepper.most - 1) * (len(first.tokens) - first.window[0])
+        most = policy.stepper.most if policy.stepper.most > 1 else 0  # drafted states lie side by side behind the canvas
+        slots = len(first.tokens) + most * (len(first.tokens) - first.window[0] + caps.logit_shift)
         self.scheduler.enqueue(Ticket(request_id, request.sampling.n, slots if policy.cache.stores else 1, start))
         self._open[request_id] = request.sampling.n
         return request_id

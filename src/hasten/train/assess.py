@@ -112,7 +112,11 @@ def table(
     report: Callable[[int, int], None] | None = None,
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """World -> canvas -> exact answers in percent and the number of samples, computed in bfloat16."""
-    cells = [(world, canvas, count) for world in WORLDS.values() for canvas, count in (counts or SAMPLES).items()]
+    cells = [
+        (world, canvas, count)
+        for world in WORLDS.values()
+        for canvas, count in (SAMPLES if counts is None else counts).items()
+    ]
     out: dict[str, dict[str, dict[str, Any]]] = {}
     for done, (world, canvas, count) in enumerate(cells):
         given = samples(world, canvas, count, split)

@@ -13,7 +13,7 @@ from hasten.errors import ConfigError, out_of_range, unknown_name
 from hasten.models.catalog import MINI
 from hasten.models.fetch import cache_dir
 from hasten.models.tokenizer import read_json
-from hasten.train import assess
+from hasten.train import assess, matching
 from hasten.train.mixture import GROUP, Mixture
 from hasten.train.network import Network, Shape
 from hasten.train.pretrain import Config, Run
@@ -24,19 +24,23 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Mini:
-    """A recipe: what it makes, how many steps at which rate, and the model whose weights it begins with ("": fresh)."""
+    """A recipe: what it makes, how many steps at which rate, and the model whose weights it begins with ("": fresh).
+
+    `matching`: the first two layers begin as a circuit that matches context, held for a while (`train/matching.py`).
+    """
 
     summary: str
     shape: Shape
     steps: int
     lr: float
     start: str = ""
+    matching: bool = False
 
 
 MINIS = {
-    "mini-dlm": Mini("masked diffusion, every token sees every other (LLaDA's layout)", Shape(), 5600, 5e-3),
-    "mini-ar": Mini("left to right (Llama's layout)", Shape(kind="causal"), 800, 5e-3),
-    "mini-bdlm": Mini("masked diffusion in blocks of 8 (SDAR's layout)", Shape(kind="block"), 700, 3e-3, "mini-dlm"),
+    "mini-dlm": Mini("masked diffusion, every token sees every other (LLaDA's layout)", Shape(), 4200, 5e-3, matching=True),
+    "mini-ar": Mini("left to right (Llama's layout)", Shape(kind="causal"), 700, 5e-3),
+    "mini-bdlm": Mini("masked diffusion in blocks of 8 (SDAR's layout)", Shape(kind="block"), 450, 3e-3, "mini-dlm"),
 }
 
 
@@ -78,7 +82,11 @@ def pretrain(
     first = _first(recipe, start)
     if minutes is not None:
         steps = _planned(recipe, minutes, mixture, work / "plan.json")
-    run = Run(recipe.shape, Config(steps=steps or recipe.steps, lr=recipe.lr, seed=seed, every=250), mixture)
+    config = Config(steps=steps or recipe.steps, lr=recipe.lr, seed=seed, every=250)
+    run = Run(recipe.shape, config, mixture, hold=matching.hold if recipe.matching else None)
+    if recipe.matching:
+        for network in (run.network, run.averaged):
+            matching.begin(network, seed)
     if first is not None:
         run.start_from(dict(first.state_dict()))
     show("training", 0, run.config.steps)
@@ -109,7 +117,7 @@ def finish(
         "parameters": sum(p.numel() for p in network.parameters()),
         "shape": asdict(run.network.shape),
         "training": {**asdict(run.config), "mixture": asdict(run.mixture), "masking": asdict(run.masking)},
-        "started_from": MINIS[name].start if warm else None,
+        "started_from": MINIS[name].start if warm else "matching context" if MINIS[name].matching else "fresh weights",
         "steps_done": run.step,
         "tokens_seen": run.seen,
         "answer_tokens_seen": run.answered,

@@ -27,11 +27,16 @@ GROUP = 16  # batches that are drawn together and then cut by length
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """`tokens` per batch; `short` is the share of a run in which lengths grow, `roomy` of answers with room to spare."""
+    """`tokens` per batch; `short` is the share of a run in which lengths grow.
+
+    `tight` is the share of answers whose window ends within 16 tokens of them, `roomy` of those in twice the usual canvas;
+    the others have the least of the usual canvases that fits.
+    """
 
     tokens: int = 4096
     short: float = 0.18
-    roomy: float = 0.4
+    tight: float = 0.55
+    roomy: float = 0.1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -85,7 +90,7 @@ def draw(rng: Random, mixture: Mixture, progress: float = 1.0, split: Split = "t
         world = WORLDS[rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]]
         sample = sample_of(world, rng, _size(world, rng, longest, grown))
         if split_of(sample.prompt) == split:
-            return sample, canvas_of(len(sample.answer), rng, mixture.roomy)
+            return sample, canvas_of(len(sample.answer), rng, mixture)
 
 
 def _size(world: World, rng: Random, longest: int, grown: float) -> int:
@@ -104,16 +109,13 @@ def sample_of(world: World, rng: Random, size: int) -> Sample:
     return world.generate(rng, world.difficulty(size))
 
 
-def canvas_of(answer: int, rng: Random, roomy: float) -> int:
-    """A canvas for an answer: the least of the usual ones that fits, or, with probability `roomy`, another a bit longer."""
+def canvas_of(answer: int, rng: Random, mixture: Mixture) -> int:
+    """A canvas for an answer: tight, the least of the usual ones that fits, or the next one."""
     least = next(canvas for canvas in CANVASES if answer < canvas)
     chance = rng.random()
-    if chance >= roomy:
-        return least
-    if chance < roomy / 3:
-        return min(2 * least, CANVASES[-1])
-    need = answer // 8 * 8 + 8
-    return min(need + 8 * rng.randint(0, 1 + need // 16), CANVASES[-1])
+    if chance < mixture.tight:
+        return min(answer // 8 * 8 + rng.choice((8, 8, 8, 16)), CANVASES[-1])
+    return min(2 * least, CANVASES[-1]) if chance < mixture.tight + mixture.roomy else least
 
 
 def batch(mixture: Mixture, step: int, steps: int) -> Batch:

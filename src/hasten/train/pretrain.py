@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -15,12 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hasten.errors import ConfigError, HastenError, UnsupportedError, out_of_range
+from hasten.train.alphabet import PAD
 from hasten.train.loop import Pace, schedule
 from hasten.train.mixture import Batch, Mixture, batch
-from hasten.train.network import Network, Shape
+from hasten.train.network import Layer, Network, Norm, Shape
 from hasten.train.objectives import Masking, block_loss, causal_loss, loss, mask_blocks, mask_samples
 
 Report = Callable[[int, float], None]
+Hold = Callable[[Network, float], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +53,17 @@ class Config:
 class Run:
     """One training: the network, its averaged weights, optimisers, and how far it has come.
 
-    `loss_of(network, batch, generator)` is what is minimised; the generator depends on the step alone.
+    Batch, masks and rate depend on the step alone. `hold(network, share of the
+    run that is over)` may take gradients away before they are used.
     """
 
-    def __init__(self, shape: Shape, config: Config, mixture: Mixture, masking: Masking | None = None) -> None:
+    def __init__(
+        self, shape: Shape, config: Config, mixture: Mixture, masking: Masking | None = None, hold: Hold | None = None
+    ) -> None:
         if not hasattr(torch.optim, "Muon"):
             raise UnsupportedError(f"pretraining needs torch 2.9 or later; this is {torch.__version__}", field="torch")
         self.config, self.mixture, self.masking = config, mixture, masking or Masking()
+        self.hold = hold
         self.network = Network(shape, config.seed)
         self.averaged = Network(shape, config.seed)
         named = list(self.network.named_parameters())
@@ -108,6 +114,8 @@ class Run:
         if not bool(torch.isfinite(value)):
             return None
         value.backward()  # type: ignore[no-untyped-call]
+        if self.hold is not None:
+            self.hold(self.network, self.step / c.steps)
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), c.clip)
         for optimiser in self.optimisers:
             optimiser.step()
@@ -117,10 +125,15 @@ class Run:
         return float(value.detach())
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
-        """Begin with these weights, as far as names and shapes agree; the others stay fresh."""
+        """Begin with these weights, as far as names and shapes agree; the others stay fresh.
+
+        Norms of queries and keys that the weights do not have begin with the sizes that those have without them.
+        """
         for network in (self.network, self.averaged):
             own = network.state_dict()
             network.load_state_dict({**own, **{k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}})
+            if self.network.shape.qk_norm and not any("q_norm" in name for name in weights):
+                _match_sizes(network, batch(self.mixture, 0, self.config.steps).ids[:8])
 
     def save(self, path: Path) -> None:
         """Write everything a continuation needs, atomically."""
@@ -167,6 +180,26 @@ def objective(network: Network, given: Batch, generator: torch.Generator, maskin
         return block_loss(network, given, mask_blocks(given, network.shape.block, generator))
     masked, weights = mask_samples(given.answer, generator, masking)
     return loss(network, given, masked, weights)
+
+
+@torch.no_grad()
+def _match_sizes(network: Network, ids: Tensor) -> None:
+    """Set the norms of queries and keys to the root mean squares of those of a network without norms, layer by layer."""
+    plain = Network(replace(network.shape, kind="full"))
+    plain.load_state_dict({name: weight for name, weight in network.state_dict().items() if name in plain.state_dict()})
+
+    def measure(norm: Norm | None, matrix: torch.nn.Linear) -> Callable[[torch.nn.Module, Any, Tensor], None]:
+        def see(module: torch.nn.Module, given: Any, out: Tensor) -> None:
+            if norm is not None:
+                norm.weight.fill_(float(matrix(out).square().mean().sqrt()))
+
+        return see
+
+    for one, other in zip(network.layers, plain.layers, strict=True):
+        ours, theirs = cast(Layer, one), cast(Layer, other)
+        theirs.attn_norm.register_forward_hook(measure(ours.q_norm, theirs.q))
+        theirs.attn_norm.register_forward_hook(measure(ours.k_norm, theirs.k))
+    plain(ids, ids != PAD)
 
 
 def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -227,7 +227,10 @@ class BlockCache(_Part):
 
 
 class Reference:
-    """Blocks, quotas and scores of the reference sampler: `policy`; `rest` is what every canvas has besides."""
+    """Blocks, quotas and scores of the reference sampler: `policy`; `rest` is what every canvas has besides.
+
+    Quotas that were asked for (`steps`) are united with what other methods select; else those methods decide alone.
+    """
 
     name = "reference"
 
@@ -238,9 +241,10 @@ class Reference:
             planner=FixedBlocks(block),
             schedule=EvenSteps(config.steps, block),
             scorer=Confidence(config.score),
-            selectors=(Quota(),),
+            selectors=(Quota(),) if config.steps else (),
         )
-        self.rest = Policy(stepper=PlainStepper(), cache=NoCache() if capabilities.block is None else BlockCache())
+        cache = NoCache() if capabilities.block is None else BlockCache()
+        self.rest = Policy(selectors=(Quota(),), stepper=PlainStepper(), cache=cache)
 
 
 method = Reference
