@@ -23,7 +23,7 @@ from hasten.engine.trace import Trace
 from hasten.text import StopText
 from hasten.types import FinishReason, Output, Request, Usage
 
-_LARGE = 8192  # vocabulary from which arg-max and log-sum-exp of the backbone are worth carrying along
+_LARGE = 8192  # vocabulary from which the arg-max of the backbone is worth carrying along
 
 
 @dataclass(slots=True, eq=False)
@@ -206,10 +206,9 @@ class CanvasLoop:
         for i in range(count):
             rows = slice(first + i * size, first + (i + 1) * size)
             best = torch.tensor(done.best[rows]) if large and done.best is not None else None
-            lse = torch.tensor(done.log_sum_exp[rows]) if large and done.log_sum_exp is not None else None
             if best is not None and self.backbone.capabilities.mask_id in best.tolist():
-                best = lse = None  # both counted the mask token
-            out.append(Forward(done.logits[rows], turn.positions, best, lse))
+                best = None
+            out.append(Forward(done.logits[rows], turn.positions, best))
         return out, slice(first, first + count * size), at + (1 if turn.canvas.policy.cache.stores else count)
 
     @staticmethod

@@ -74,13 +74,12 @@ class CanvasRow:
 class Forward:
     """What a forward computed at absolute `positions` int64 [P], ascending: aligned raw `logits` float32 [P, vocab].
 
-    `best` int64 [P] and `log_sum_exp` float32 [P] of them where the backbone had them at hand.
+    `best` int64 [P] are their arg-max where the backbone had it at hand; the mask token has logit -inf.
     """
 
     logits: Tensor
     positions: Tensor
     best: Tensor | None = None
-    log_sum_exp: Tensor | None = None
 
 
 @dataclass(slots=True)

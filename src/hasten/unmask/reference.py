@@ -123,8 +123,7 @@ class Confidence(_Part):
             noise = gumbel(row.seed, row.global_step, view.positions, logits.shape[-1])
             x0 = (logits.double() / row.sampling.temperature + noise).argmax(-1)
         if self.score == "prob":
-            lse = seen.log_sum_exp if plain and seen.log_sum_exp is not None else logits.logsumexp(-1)
-            return x0, (logits.gather(-1, x0[:, None])[:, 0] - lse).exp()
+            return x0, (logits.gather(-1, x0[:, None])[:, 0] - logits.logsumexp(-1)).exp()
         return x0, score_of(self.score, logits, row, view.positions)
 
 
