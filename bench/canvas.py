@@ -31,7 +31,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "fast": ("fast",),
     "few-step": ("few-step",),
 }
-WORLDS = {64: ("copy", "reverse", "sort", "add", "records", "sums"), 128: ("copy", "records", "sums")}
+WORLDS = {64: ("copy", "reverse", "sort", "close", "records"), 128: ("copy", "records", "sums")}
 
 
 def show(what: str, done: int, total: int) -> None:

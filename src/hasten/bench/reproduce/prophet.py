@@ -37,7 +37,7 @@ def reproduce(quick: bool, progress: Progress) -> Reproduction:
     """Try the claim of Prophet (2508.19982) on this machine."""
     started = time.perf_counter()
     llm = open_mini(progress)
-    notes = calibrate(llm, prompts(2 if quick else 8), 128, progress)
+    notes = calibrate(llm, prompts(2 if quick else 8), 64, progress)
     limits = ladder(notes)
     knobs = ",".join(f"{name}={value}" for name, value in zip(("early", "middle", "late"), limits, strict=True))
     arms: dict[str, Sequence[str]] = {"reference": ("reference",), "prophet": (f"prophet:{knobs}",)}
@@ -131,7 +131,7 @@ def prompts(per_world: int) -> list[str]:
     found: list[str] = []
     for name in WORLDS:
         world, rng, count = CATALOG[name], Random(f"prophet {name}"), 0  # noqa: S311 - tasks, not secrets
-        sizes = world.fitting(128)
+        sizes = world.fitting(64)
         while count < per_world:
             prompt = world.generate(rng, world.difficulty(rng.choice(sizes))).prompt
             if split_of(prompt) == "dev":
