@@ -31,7 +31,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "fast": ("fast",),
     "few-step": ("few-step",),
 }
-WORLDS = {64: ("copy", "reverse", "sort", "close", "records"), 128: ("copy", "records", "sums")}
+WORLDS = {64: ("copy", "reverse", "sort", "close", "records"), 128: ("copy", "records", "sums"), 512: ("copy", "records")}
 
 
 def show(what: str, done: int, total: int) -> None:
@@ -43,7 +43,7 @@ def main() -> None:
     """Measure and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--canvas", type=int, nargs="+", default=[64, 128, 512], help="canvas lengths in tokens")
-    parser.add_argument("--per-world", type=int, default=6, help="tasks of each world for each of three seeds")
+    parser.add_argument("--per-world", type=int, default=4, help="tasks of a world per seed; fewer on long canvases")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), help="of " + ", ".join(ARMS))
     parser.add_argument("--model", default="mini-dlm", help="a catalog name or a directory")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "canvas.json", help="where to write")
@@ -51,9 +51,17 @@ def main() -> None:
     llm = open_mini(show, args.model)
     started, canvases = time.perf_counter(), {}
     for canvas in args.canvas:
-        worlds = WORLDS[64] if canvas <= 64 else WORLDS[128]
+        worlds = WORLDS[max(size for size in WORLDS if size <= max(canvas, 64))]
         arms = {name: ARMS[name] for name in args.arms}
-        done = trial(llm, arms, quick=False, progress=show, worlds=worlds, canvas=canvas, per_world=args.per_world)
+        done = trial(
+            llm,
+            arms,
+            quick=False,
+            progress=show,
+            worlds=worlds,
+            canvas=canvas,
+            per_world=max(1, args.per_world * 64 // canvas),
+        )
         canvases[str(canvas)] = done.to_dict()
         print(f"\ncanvas {canvas}, {len(done.rows)} tasks of {', '.join(worlds)}")
         for name in done.arms:
