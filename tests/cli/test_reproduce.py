@@ -96,7 +96,7 @@ def test_a_whole_run_in_a_checkout_leaves_result_and_plot(hasten, stubs, monkeyp
     [
         (("token-recyclin",), 2, "did you mean 'token-recycling'"),
         (("adablok",), 2, "did you mean 'adablock'"),
-        (("adablock",), 1, "'adablock' (AdaBlock-dLLM: Semantic-Aware Diffusion LLM Inference via Adaptive Block Size) is planned"),
+        (("diffucoder",), 1, "'diffucoder' (DiffuCoder: Understanding and Improving Masked Diffusion Models for Code Generation) is planned"),
         (("prompt-lookup",), 1, "'prompt-lookup' is a baseline"),
         (("aded", "--threads", "0"), 2, "threads = 0"),
         ((), 2, ""),

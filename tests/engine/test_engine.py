@@ -178,7 +178,7 @@ def test_logprobs_are_the_models_own(engine: Engine) -> None:
 
 
 def test_scoring_in_chunks_equals_scoring_at_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hasten.engine import scoring
+    from hasten import scoring
     from hasten.engine.limits import Limits
 
     tokens = [i * 5 % tiny.VOCAB for i in range(50)]
