@@ -174,7 +174,7 @@ def test_wrong_files_and_settings_are_refused(tmp_path):
         load_maps(saved(tmp_path, "eagle", target), target)
     with pytest.raises(ConfigError, match="at most the 3 maps"):
         HiddenTransfer(Config(path, k=4), context(engine))
-    with pytest.raises(ConfigError, match="no draft layer"):
+    with pytest.raises(ConfigError, match="no weights"):
         HiddenTransfer(Config(), context(engine))
     for layers in ((2, 1), (4,), (-1,)):
         with pytest.raises(ConfigError, match=r"layers = .*in \[0, 3\]"):

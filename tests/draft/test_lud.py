@@ -309,7 +309,7 @@ def test_wrong_files_and_settings_are_refused(tmp_path):
         load_inputs(saved(tmp_path, "eagle", target), target)
     with pytest.raises(ConfigError, match="kind 'hidden-transfer', not 'lud'"):
         load_inputs(stored(tmp_path, maps(target), target), target)
-    with pytest.raises(ConfigError, match="no draft layer of 'lud'"):
+    with pytest.raises(ConfigError, match="no weights of 'lud'"):
         Lud(Config(), context(engine))
     with pytest.raises(ConfigError, match="at most the 3 inputs"):
         Lud(Config(path, k=4), context(engine))

@@ -108,7 +108,7 @@ class CanvasLoop:
 
     @torch.inference_mode()
     def step(self, canvases: Sequence[Canvas]) -> None:
-        """One pass over `canvases`; finished ones have `reason` set afterwards. A pass that raises has changed nothing."""
+        """One pass over `canvases`; finished ones have `reason` set. A pass that raises has committed nothing."""
         turns = [turn for canvas in canvases if (turn := self._turn(canvas)) is not None]
         inputs: list[RowInput] = []
         for turn in turns:
@@ -240,14 +240,8 @@ class CanvasLoop:
         """Tell the trace of a step's commits and release the text that is final now; True when the canvas has ended."""
         state, new = canvas.state, ""
         end = state.end if canvas.policy.final or not state.left else state.window[0]
-        first = (
-            int((~state.accepted[canvas.shown : end]).to(torch.uint8).argmax()) + canvas.shown
-            if canvas.shown < end
-            else end
-        )
-        if canvas.shown < end and state.accepted[first]:
-            first = end
-        for token in state.tokens[canvas.shown : first].tolist():
+        ready = [*state.accepted[canvas.shown : end].tolist(), False].index(False)
+        for token in state.tokens[canvas.shown : canvas.shown + ready].tolist():
             canvas.shown += 1
             if token in canvas.eos_ids or token in state.sampling.stop_ids:
                 canvas.reason, canvas.stop = "stop", token

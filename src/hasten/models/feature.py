@@ -191,7 +191,7 @@ def weights_path(slug: str, backbone: Backbone, model: str, given: str = "") -> 
         if path.exists():
             return path
     raise ConfigError(
-        f"no draft layer of {slug!r} was trained for model {model!r}",
+        f"no weights of {slug!r} were made for model {model!r}",
         hint=f"hasten train {slug} {model}, or {slug}:weights=FILE",
         field=f"{slug}.weights",
     )

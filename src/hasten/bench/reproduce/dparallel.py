@@ -9,7 +9,7 @@ from hasten.bench.report import Progress, Reproduction
 from hasten.errors import ConfigError
 
 claim_checked = (
-    "On unseen tasks of six procedural worlds mini-dlm after certainty-forcing distillation, at the threshold chosen "
+    "On unseen tasks of five procedural worlds mini-dlm after certainty-forcing distillation, at the threshold chosen "
     "for it, decodes faster than untrained one token per step in each of three seeds, in fewer forwards than the "
     "untrained model at its own best threshold, and loses at most a point of accuracy."
 )

@@ -8,7 +8,7 @@ from hasten.bench.canvases import conclude, open_mini, trial
 from hasten.bench.report import Progress, Reproduction
 
 claim_checked = (
-    "On unseen tasks of six procedural worlds mini-dlm with FreeDave (four states per pass) writes the same texts as with "
+    "On unseen tasks of five procedural worlds mini-dlm with FreeDave (four states per pass) writes the same texts as with "
     "one token per step, in fewer forwards and less time in each of three seeds; so too over a dual cache and a threshold."
 )
 
