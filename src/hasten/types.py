@@ -15,6 +15,7 @@ from hasten.errors import ConfigError, out_of_range
 
 Exactness = Literal["exact", "distribution", "lossy", "model"]
 FinishReason = Literal["stop", "length", "abort", "error"]
+GrammarKind = Literal["json_schema", "json_object", "regex", "lark", "choice"]
 EventKind = Literal[
     "prefill", "forward", "draft", "accept", "propose", "commit", "block", "stop", "error"
 ]  # fmt: skip
@@ -135,12 +136,33 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer must look like: `source` is a JSON schema (JSON text), a regex, a Lark grammar or a JSON list of choices.
+
+    "json_object" is any JSON object, its source empty. Made and checked by `hasten.logits.grammar`; refused there by the
+    JSON path of what is not supported. Equal grammars are compiled once.
+    """
+
+    kind: GrammarKind
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("json_schema", "json_object", "regex", "lark", "choice"):
+            raise out_of_range("grammar.kind", self.kind, "json_schema, json_object, regex, lark or choice")
+        if not isinstance(self.source, str) or (not self.source) != (self.kind == "json_object"):
+            raise out_of_range("grammar.source", self.source, "text, and empty for json_object only")
+        if len(self.source.encode("utf-8", "replace")) > LIMITS.grammar_bytes:
+            raise out_of_range("grammar.source", f"{len(self.source)} characters", f"at most {LIMITS.grammar_bytes} bytes")
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One thing to generate from: prompt token ids (never empty), how to sample, and which methods to use.
 
     `prompt_text` is kept for the record only; the engine reads ids. `method` is "auto" (exact methods only), "plain",
     one slug, or a tuple of slugs that combine. `template` is the canvas of a masked model, after the prompt: fixed tokens,
-    and -1 for every slot to fill; None is a canvas of max_tokens slots.
+    and -1 for every slot to fill; None is a canvas of max_tokens slots. `grammar`: the form of the answer, left to right.
+    `tenant` keeps cached prefixes apart: a row only ever reuses keys of its own tenant.
     """
 
     prompt: tuple[int, ...]
@@ -148,6 +170,8 @@ class Request:
     method: tuple[str, ...] = ("auto",)
     prompt_text: str = ""
     template: tuple[int, ...] | None = None
+    grammar: Grammar | None = None
+    tenant: str = ""
 
     def __post_init__(self) -> None:
         if not self.prompt:

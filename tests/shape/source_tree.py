@@ -29,6 +29,10 @@ ONLY_IN = {
     "rich": ("cli",),
     "tokenizers": ("models",),
     "gguf": ("models", "bench.peers"),
+    "llguidance": ("logits.grammar", "logits._compile"),
+    **dict.fromkeys(("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"), ("serve",)),
+    "ray": ("serve.replicas", "serve.batch"),
+    "lm_eval": ("bench",),
 }
 
 BANNED_MODULES = frozenset(
