@@ -383,7 +383,7 @@ class LLM:
         return Score(tuple(after), tuple(logprobs), sum(logprobs))
 
     def embed(self, texts: str | Sequence[Prompt], *, pooling: str = "mean", normalize: bool = True) -> Tensor:
-        """Embeddings float32 [N, hidden] of texts or token ids: the final hidden states' mean, or the last token's ("last").
+        """Embeddings float32 [N, hidden] of texts or token ids: the mean of the final hidden states, or the last one.
 
         `normalize` scales each to length 1. Raises ConfigError, ContextLengthError naming the text's length.
         """

@@ -132,5 +132,6 @@ def run(
                 field="port",
             ) from None
         port = listener.getsockname()[1]
-        logs.say(f"hasten serves {', '.join(sources)} on http://{settings.host}:{port}")
+        scheme = "http"
+        logs.say(f"hasten serves {', '.join(sources)} on {scheme}://{settings.host}:{port}")
         server.run([listener])
