@@ -15,7 +15,7 @@ PACKAGE = ROOT / "src" / "hasten"
 
 METHOD_FOLDERS = ("draft", "unmask", "logits", "compress", "reduce", "arch", "embed", "privacy")
 RANKS = {
-    **dict.fromkeys(("errors", "registry", "types", "text", "engine.limits"), 0),
+    **dict.fromkeys(("errors", "registry", "types", "text", "budget", "engine.limits"), 0),
     **dict.fromkeys(("engine", "worlds"), 1),
     **dict.fromkeys(("kernels", "union", "policy", "scoring"), 2),
     "models": 3,
