@@ -47,7 +47,8 @@ class Trie:
                     texts[i] = b""
         self.twins = np.array(others, dtype=np.int64).reshape(-1, 2).T
         self.spaced = tokenizer.continues_text()
-        words = _Words(texts, first, tokenizer, self.end_ids[0])
+        self.begins_spaced = np.array([text.startswith(b" ") for text in texts])
+        words = _Words(texts, first, tokenizer.copy(), self.end_ids[0])
         self.handle = LLTokenizer(words, n_vocab=vocab_size, eos_token=list(end_ids), slices=LLTokenizer.json_slices())
 
 
@@ -84,7 +85,9 @@ def prepare(grammar: Grammar) -> str:
     try:
         grammar.source.encode()
     except UnicodeEncodeError:
-        raise ConfigError("the grammar holds half of a surrogate pair, which no text can express", field="grammar") from None
+        raise ConfigError(
+            "the grammar holds half of a surrogate pair, which no text can express", field="grammar"
+        ) from None
     if grammar.kind == "regex":
         return str(LLMatcher.grammar_from_regex(_regex.check(grammar.source, "the regex")))
     if grammar.kind == "lark":
@@ -112,7 +115,10 @@ def build(trie: Trie, description: str) -> LLMatcher:
         reason = " ".join(matcher.get_error().replace("<non-verbose/>", "").split())[:300]
         hint = ""
         if "oneOf" in reason:
-            reason, hint = "the alternatives of a oneOf may hold together", "use anyOf, or give each a property with a const"
+            reason, hint = (
+                "the alternatives of a oneOf may hold together",
+                "use anyOf, or give each a property with a const",
+            )
         raise ConfigError(f"the grammar cannot be compiled: {reason}", hint=hint, field="grammar")
     warnings = matcher.get_grammar_warnings()
     if warnings:

@@ -176,7 +176,9 @@ class _Reader:
     def repeat(self, at: int) -> int:
         """A repetition of the last piece; lazy means the same here."""
         if not self.last:
-            raise self.refuse(f"the repetition {self.text[at]} of nothing", at, f"write \\{self.text[at]} for the character")
+            raise self.refuse(
+                f"the repetition {self.text[at]} of nothing", at, f"write \\{self.text[at]} for the character"
+            )
         count = _COUNT.match(self.text, at)
         if count:
             low, high = int(count[1]), int(count[3] or 0) if count[2] else int(count[1])

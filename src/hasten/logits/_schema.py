@@ -392,7 +392,9 @@ def _spelled(text: str, path: str) -> str:
     """A name or a value's text, which must have exactly one spelling in JSON."""
     found = _CONTROL.search(text)
     if found:
-        raise _error(path, f"holds the character U+{ord(found[0]):04X}, which is not supported", "leave control characters out")
+        raise _error(
+            path, f"holds the character U+{ord(found[0]):04X}, which is not supported", "leave control characters out"
+        )
     return text
 
 

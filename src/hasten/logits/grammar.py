@@ -166,7 +166,7 @@ class Rule:
             allowed = walker.mask(walker.root)
         except RuleError as error:
             raise ConfigError(f"no text satisfies the grammar: {error.message}", field="grammar") from None
-        if self.trie.spaced and any(self.trie.text(i).startswith(b" ") for i in np.flatnonzero(allowed)):
+        if self.trie.spaced and bool((allowed & self.trie.begins_spaced).any()):
             raise ConfigError(
                 "the grammar lets an answer begin with a space, which this model's tokenizer cannot show", field="grammar"
             )
@@ -288,7 +288,9 @@ class Walker:
         self._slow += time.thread_time() - cpu_s > LIMITS.mask_s
         if self._slow > _SLOW:
             raise RuleError(
-                f"the grammar took more than {LIMITS.mask_s} s for a token, {self._slow} times", hint="simplify it", field="grammar"
+                f"the grammar took more than {LIMITS.mask_s} s for a token, {self._slow} times",
+                hint="simplify it",
+                field="grammar",
             )
         return packed, complete
 
