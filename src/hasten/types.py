@@ -5,6 +5,7 @@ Everything here is frozen, standard-library only and safe to share between threa
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -140,8 +141,8 @@ class Grammar:
     """What an answer must look like.
 
     `source` is a JSON schema (as JSON text), a regex, a Lark grammar or a JSON list of choices; "json_object" is any JSON
-    object, its source empty. Made and checked by `hasten.logits.grammar`; refused there by the
-    JSON path of what is not supported. Equal grammars are compiled once.
+    object, its source empty. Made by the methods named after the kinds; compiled and checked by `hasten.logits.grammar`,
+    which refuses by its JSON path what is not supported. Equal grammars are compiled once.
     """
 
     kind: GrammarKind
@@ -154,6 +155,41 @@ class Grammar:
             raise out_of_range("grammar.source", self.source, "text, and empty for json_object only")
         if len(self.source.encode("utf-8", "replace")) > LIMITS.grammar_bytes:
             raise out_of_range("grammar.source", f"{len(self.source)} characters", f"at most {LIMITS.grammar_bytes} bytes")
+
+    @classmethod
+    def json_schema(cls, schema: Mapping[str, Any] | bool | str) -> Grammar:
+        """JSON that is valid under `schema`: a mapping, or its JSON text; properties are written in the schema's order."""
+        return cls("json_schema", schema if isinstance(schema, str) else _json("schema", schema))
+
+    @classmethod
+    def json_object(cls) -> Grammar:
+        """Any JSON object."""
+        return cls("json_object")
+
+    @classmethod
+    def regex(cls, pattern: str) -> Grammar:
+        """A text that matches `pattern` as a whole."""
+        return cls("regex", pattern)
+
+    @classmethod
+    def lark(cls, source: str) -> Grammar:
+        """A sentence of a Lark grammar; its first rule is named start."""
+        return cls("lark", source)
+
+    @classmethod
+    def choice(cls, choices: Sequence[str]) -> Grammar:
+        """One of `choices`."""
+        if isinstance(choices, (str, bytes)) or not isinstance(choices, Sequence):
+            raise out_of_range("grammar.choice", choices, "a list of strings")
+        return cls("choice", _json("choice", list(choices)))
+
+
+def _json(name: str, value: object) -> str:
+    """`value` as JSON text; raises ConfigError when it is none."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"grammar.{name} is not JSON: {str(error)[:120]}", field="grammar") from None
 
 
 @dataclass(frozen=True, slots=True)
