@@ -89,7 +89,7 @@ class AutoregressiveLoop:
                 reports.append(self._feedback(turn, index, done, logits, *judged, drafter.needs))
         else:
             row.cache.advance(turn.count)
-            self._prefilled(row)
+            self._prefilled(row, row.cache.length)
         return reports
 
     def _time(self, turns: Sequence[Turn], seconds: float) -> None:
@@ -226,7 +226,7 @@ class AutoregressiveLoop:
             return None
         first_pass = row.first_s == 0.0
         if first_pass:
-            self._prefilled(row)
+            self._prefilled(row, row.prompt_len)
         else:
             row.forwards += 1
         self._emit(row, "forward", total=turn.count + len(turn.draft), backbone=done.backbone)
@@ -337,9 +337,8 @@ class AutoregressiveLoop:
             logits=heard if needs.logits and turn.heard else None,
         )
 
-    def _prefilled(self, row: Row) -> None:
-        done = min(row.cache.length, row.prompt_len) if row.pending > 1 else row.prompt_len
-        self._emit(row, "prefill", position=done, total=row.prompt_len, cached_tokens=row.cached)
+    def _prefilled(self, row: Row, position: int) -> None:
+        self._emit(row, "prefill", position=position, total=row.prompt_len, cached_tokens=row.cached)
 
     def _emit(self, row: Row, kind: str, **fields: object) -> None:
         self.trace.emit(kind, row.request_id, row.choice, row.added_s, **fields)  # type: ignore[arg-type]
