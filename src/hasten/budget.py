@@ -307,6 +307,10 @@ class Budget:
             found = self._books[id(drafter)] = _Book(drafter)
         return found
 
+    def plain(self, rows: int) -> float:
+        """Seconds of a pass of so many rows without drafts, or of the most rows below that were measured; 0 if none were."""
+        return next((seconds for n in range(rows, 0, -1) if (seconds := self.cost(n, n))), 0.0)
+
     def ask(self, drafter: Drafter, caps: Sequence[int]) -> list[int]:
         """Nodes to ask of `drafter` for each row, at most `caps`; all zeros: do not ask it this time.
 

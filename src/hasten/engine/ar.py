@@ -99,7 +99,7 @@ class AutoregressiveLoop:
         if rows == len(turns):
             self.budget.cost.record(rows, size, seconds)
         else:
-            alone = self.budget.cost(rows, size)
+            alone = self.budget.cost(rows, size) or self.budget.plain(rows)
             if alone or not rows:
                 self.reading.record(sum(turn.count for turn in turns if turn.count > 1), seconds - alone)
 
@@ -122,7 +122,7 @@ class AutoregressiveLoop:
                 readers.append(row)
         room = LIMITS.step_tokens - len(turns)
         if turns:
-            room = min(room, self.reading.room(self.budget.cost(len(turns), len(turns))))
+            room = min(room, self.reading.room(self.budget.plain(len(turns))))
         for row, count in zip(readers, shares([row.pending for row in readers], room, LIMITS.prefill_chunk), strict=True):
             if count > 0:
                 turns.append(Turn(row, count, count == row.pending))
