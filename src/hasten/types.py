@@ -18,7 +18,7 @@ Exactness = Literal["exact", "distribution", "lossy", "model"]
 FinishReason = Literal["stop", "length", "abort", "error"]
 GrammarKind = Literal["json_schema", "json_object", "regex", "lark", "choice"]
 EventKind = Literal[
-    "prefill", "forward", "draft", "accept", "propose", "commit", "block", "stop", "error"
+    "queue", "prefill", "forward", "draft", "accept", "propose", "commit", "block", "stop", "error"
 ]  # fmt: skip
 
 MAX_SEED = 2**63 - 1
@@ -242,6 +242,7 @@ class Usage:
     `forwards` counts target passes after the prompt was read; the pass that read the prompt yields the first token.
     `computed_tokens` counts query tokens through the target, prompt and rejected drafts included. `draft_s` is the part
     of the time that went into drafting and into choosing how much of a draft to verify, shared among the rows of a pass.
+    `cached_tokens` of the prompt were not computed: their keys were kept from an earlier request.
     """
 
     prompt_tokens: int = 0
@@ -253,6 +254,7 @@ class Usage:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     draft_s: float = 0.0
+    cached_tokens: int = 0
 
     @property
     def tokens_per_forward(self) -> float:
@@ -289,7 +291,9 @@ class Event:
     """One entry of the trace; progress bars, live views, server streams, metrics and tests all read these.
 
     kind
-        prefill: prompt positions were read (`position` = how many are in the cache, `total` = prompt length).
+        queue: the request was added (`position` = requests that wait before it, `total` = rows that run).
+        prefill: prompt positions were read (`position` = how many are in the cache, `total` = prompt length,
+        `cached_tokens` = how many of them were kept from an earlier request).
         forward: one target pass of this row (`total` = its query tokens, `backbone` = what ran it: native or torch).
         draft: nodes proposed (`tokens`, `parents`). accept: the drafted tokens kept (`tokens`).
         propose: a provisional canvas token (`position`, `token`, `confidence`); may still change.
@@ -314,6 +318,7 @@ class Event:
     backbone: str = ""
     logprob: TokenLogprob | None = None
     output: Output | None = None
+    cached_tokens: int = 0
 
 
 def commit_log(events: Iterable[Event]) -> Mapping[int, list[tuple[int, int, int, float]]]:

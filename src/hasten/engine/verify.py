@@ -103,8 +103,10 @@ def verify(
     while True:
         here = at + 1
         top = best[here] if best else None
-        plain = sampler.plain and top is not None
-        token = top if plain else sampler.choose(logits[here], tokens, position + len(path), top)
+        if sampler.plain and top is not None:
+            token = top
+        else:
+            token = sampler.choose(logits[here], tokens, position + len(path), top)
         child = children.get((at, token))
         if child is None:
             return Verdict(tuple(path), token)
