@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from hasten import registry
 from hasten.engine.limits import LIMITS
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hasten.models.load import Loaded
     from hasten.policy import Policy
 
+T = TypeVar("T")
 Prompt = str | Sequence[int]
 Message = Mapping[str, object]
 AUTO: tuple[str, ...] = ("prompt-lookup", "token-recycling")  # what "auto" drafts with: exact, untrained, any causal model
@@ -389,26 +390,13 @@ class LLM:
         """
         import torch
 
-        from hasten.engine.contracts import Needs, RowInput
-        from hasten.errors import ContextLengthError
+        from hasten.scoring import pooled
 
         if pooling not in ("mean", "last"):
             raise out_of_range("pooling", pooling, "mean or last")
         out = []
         for text in [texts] if isinstance(texts, str) else texts:
-            ids = self._ids(text)
-            if len(ids) > self.model.capabilities.max_len:
-                raise ContextLengthError(
-                    f"a text of {len(ids)} tokens exceeds the model's window of {self.model.capabilities.max_len}",
-                    hint="split the text",
-                    field="texts",
-                )
-            row = RowInput(torch.tensor(ids), torch.arange(len(ids)), logits="none")
-            hidden = self.model.run([row], Needs(final_hidden=True)).final_hidden
-            if hidden is None:
-                raise IncompatibleError(f"model {self.name!r} shows no hidden states", field="model")
-            states = hidden.float()
-            out.append(states[-1] if pooling == "last" else states.mean(0))
+            out.append(_finished(pooled(self.model, self.engine.scheduler.pool, self._ids(text), last=pooling == "last")))
         if not out:
             raise ConfigError("texts is empty; texts must hold at least one text", field="texts")
         stacked = torch.stack(out)
@@ -433,6 +421,15 @@ class LLM:
             "threads": torch.get_num_threads(),
             "backbone": self.model.name,
         }
+
+
+def _finished(work: Generator[None, None, T]) -> T:
+    """The result of work that is done in chunks, with nothing in between."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return cast("T", end.value)
 
 
 def _check_needs(card: MethodCard, model: str, capabilities: Capabilities) -> None:
