@@ -28,7 +28,9 @@ def build_app(worker: Worker, settings: Settings, *, drain_s: float = LIMITS.dra
         yield
         await worker.stop(drain_s)
 
-    app = FastAPI(title="hasten", version=__version__, docs_url=None, redoc_url=None, lifespan=life)
+    # FastAPI can send traces where its environment says; nothing leaves this machine but answers.
+    silent = {"tracing": False, "metrics": False, "logs": False, "operation_spans": False, "auto_configure": False}
+    app = FastAPI(title="hasten", version=__version__, docs_url=None, redoc_url=None, lifespan=life, telemetry=silent)
     app.state.worker = worker
     for part in (chat, completions, embeddings, models):
         app.include_router(part.router)
