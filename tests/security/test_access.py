@@ -37,7 +37,15 @@ def test_cve_2025_59425_every_route_but_health_needs_the_key(locked):
                 assert somebody.request(method, path).status_code != 401
         assert nobody.get("/health").status_code == 200
         assert nobody.get("/health/../v1/models").status_code != 200
-        for near in ("/health/", "//health", "/HEALTH", "/health%2f", "/health;x", "/v1/models?x=/health", "/v1/models#/health"):
+        for near in (
+            "/health/",
+            "//health",
+            "/HEALTH",
+            "/health%2f",
+            "/health;x",
+            "/v1/models?x=/health",
+            "/v1/models#/health",
+        ):
             assert nobody.get(near).status_code == 401, near
 
 
@@ -134,12 +142,23 @@ def test_no_route_changes_or_ends_the_server(server):
     known = {"/", "/health", "/ready", "/metrics", "/openapi.json"}
     assert {path for path in paths(server) if not path.startswith(("/v1/", "/hasten/"))} <= known
     with server.client() as client:
-        for path in ("/invocations", "/pause", "/update_weights", "/reset_prefix_cache", "/docs", "/redoc", "/shutdown", "/v1/files"):
+        for path in (
+            "/invocations",
+            "/pause",
+            "/update_weights",
+            "/reset_prefix_cache",
+            "/docs",
+            "/redoc",
+            "/shutdown",
+            "/v1/files",
+        ):
             assert client.post(path).status_code == 404
             assert client.get(path).status_code == 404
 
 
-@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example", "10.0.0.1", "", "[::2]", "0.0.0.0"])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example", "10.0.0.1", "", "[::2]", "0.0.0.0"]
+)
 def test_cve_2025_62593_a_rebound_name_is_refused(server, host):
     """A page whose name was pointed at 127.0.0.1 sends its own name as Host."""
     request = f"GET /v1/models HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode()
@@ -156,7 +175,9 @@ def test_hosts_of_this_machine_and_those_allowed_are_served(server):
     assert server.raw(twice).split(b" ")[1] in (b"400", b"403")
 
 
-@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://localhost:1", "http://127.0.0.1.evil.example", "x"])
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "http://localhost:1", "http://127.0.0.1.evil.example", "x"]
+)
 def test_cve_2025_62593_a_foreign_origin_is_refused(server, origin):
     with server.client() as client:
         assert client.post("/v1/chat/completions", json=chat(), headers={"Origin": origin}).status_code == 403

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from served import chat, read_all, routes
 
 from hasten.engine.limits import LIMITS
-from hasten.serve import protocol, run
+from hasten.serve import run
 
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
@@ -155,14 +155,36 @@ def test_a_slow_body_is_cut_off(monkeypatch, tiny):
 
 # --- numbers ---
 
-HUGE = [-1, 0, 1, 2**31 - 1, 2**31, 2**63 - 1, 2**63, -(2**63) - 1, 10**30, 1e308, -1e308, 5e-324, True, False, "1", [], {}, 1.5]
+HUGE = [
+    -1,
+    0,
+    1,
+    2**31 - 1,
+    2**31,
+    2**63 - 1,
+    2**63,
+    -(2**63) - 1,
+    10**30,
+    1e308,
+    -1e308,
+    5e-324,
+    True,
+    False,
+    "1",
+    [],
+    {},
+    1.5,
+]
 RAW = ["NaN", "Infinity", "-Infinity", "1e999", "-0", "-0.0", "1E400", "9" * 5000, "0.1e-400"]
 NUMBERS = {
     "/v1/chat/completions": (
-        "max_tokens", "max_completion_tokens", "temperature", "top_p", "n", "seed", "presence_penalty", "frequency_penalty",
-        "top_logprobs", "hasten.top_k", "hasten.min_p", "hasten.repetition_penalty", "logit_bias.5",
+        "max_tokens", "temperature", "top_p", "n", "seed", "presence_penalty", "frequency_penalty", "hasten.top_k", "hasten.min_p",
+        "hasten.repetition_penalty", "logit_bias.5", "max_completion_tokens", "top_logprobs",
     ),
-    "/v1/completions": ("max_tokens", "logprobs", "best_of", "n", "seed", "temperature", "top_p", "hasten.top_k"),
+    "/v1/completions": (
+        "max_tokens", "temperature", "top_p", "n", "seed", "presence_penalty", "frequency_penalty", "hasten.top_k", "hasten.min_p",
+        "hasten.repetition_penalty", "logit_bias.5", "logprobs", "best_of",
+    ),
     "/v1/embeddings": ("dimensions",),
 }  # fmt: skip
 BODIES = {
@@ -183,15 +205,25 @@ def with_number(path: str, name: str, text: str) -> bytes:
     return (json.dumps(body)[:-1] + f', "{outer}": {value}{extra}}}').encode()
 
 
-def test_every_number_of_the_bodies_is_in_the_table():
-    numeric = ("int", "float", "Number")
-    for path, body in (("/v1/chat/completions", protocol.ChatBody), ("/v1/completions", protocol.CompletionBody),
-                       ("/v1/embeddings", protocol.EmbeddingBody)):  # fmt: skip
-        found = {
-            name for name, field in body.model_fields.items()
-            if any(kind in str(field.annotation) for kind in numeric) and name not in ("prompt", "input", "logit_bias", "chat_template_kwargs")
-        }  # fmt: skip
-        assert found - {"logprobs"} <= set(NUMBERS[path]) | {"presence_penalty", "frequency_penalty"}, path
+def numbers(schema: dict, document: dict, path: str = "") -> set[str]:
+    """Dotted names of the fields that take a number, by the OpenAPI document."""
+    found: set[str] = set()
+    for name, field in schema.get("properties", {}).items():
+        for one in field.get("anyOf", [field]):
+            if "$ref" in one and name == "hasten":
+                inner = document["components"]["schemas"][one["$ref"].rpartition("/")[2]]
+                found |= numbers(inner, document, f"{name}.")
+            elif one.get("type") in ("integer", "number"):
+                found.add(path + name)
+    return found
+
+
+def test_every_number_of_the_bodies_is_in_the_table(server):
+    document = server.app.openapi()
+    for path, names in NUMBERS.items():
+        reference = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+        found = numbers(document["components"]["schemas"][reference.rpartition("/")[2]], document)
+        assert found == {name for name in names if name != "logit_bias.5"}, path
 
 
 @settings(max_examples=120)
@@ -206,7 +238,9 @@ def test_cve_2026_21869_any_number_in_any_field_is_used_or_refused(server, place
     assert answer.status_code in (200, 400), (place, text, answer.text)
     assert len(answer.content) < 100_000
     if answer.status_code == 400:
-        assert name.split(".")[0] in answer.text or "cannot be read" in answer.text or "max_tokens" in answer.text, answer.text
+        assert name.split(".")[0] in answer.text or "cannot be read" in answer.text or "max_tokens" in answer.text, (
+            answer.text
+        )
 
 
 @pytest.mark.parametrize(("path", "name"), [(path, name) for path, names in NUMBERS.items() for name in names])
@@ -220,7 +254,9 @@ def test_cve_2026_21869_what_no_field_allows_is_refused_everywhere(server, path,
     assert "error" in answer.json()
 
 
-@pytest.mark.parametrize("ids", [[-1], [2**31], [2**63], [10**30], [320], [True], [1.5], ["1"], [None], [[1, -1]], [[]], [[1], "a"], []])
+@pytest.mark.parametrize(
+    "ids", [[-1], [2**31], [2**63], [10**30], [320], [True], [1.5], ["1"], [None], [[1, -1]], [[]], [[1], "a"], []]
+)
 @pytest.mark.parametrize(("path", "field"), [("/v1/completions", "prompt"), ("/v1/embeddings", "input")])
 def test_token_ids_outside_the_vocabulary_are_refused(server, path, field, ids):
     body = {key: value for key, value in BODIES[path].items() if key != field}
@@ -243,7 +279,10 @@ def test_cve_2025_62727_range_headers_do_nothing_anywhere(server):
             answer = client.get(path, headers={"Range": bomb, "If-Range": '"x"'})
             assert time.perf_counter() - start < 2
             plain = client.get(path)
-            assert (answer.status_code, len(answer.content)) == (plain.status_code, len(plain.content)) or path == "/metrics"
+            assert (answer.status_code, len(answer.content)) == (
+                plain.status_code,
+                len(plain.content),
+            ) or path == "/metrics"
             assert answer.status_code != 206
 
 
