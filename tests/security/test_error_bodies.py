@@ -44,7 +44,11 @@ def test_cve_2026_22778_errors_hold_no_addresses_paths_or_objects(server, path, 
 
 
 def test_vllm_49239_ten_thousand_bad_items_give_a_small_answer(server):
-    for messages in (MANY, [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}] * 10_000}], ["x"] * 10_000):
+    for messages in (
+        MANY,
+        [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}] * 10_000}],
+        ["x"] * 10_000,
+    ):
         with server.client() as client:
             answer = client.post("/v1/chat/completions", json={"model": "tiny", "messages": messages})
         assert answer.status_code == 400
@@ -68,7 +72,9 @@ def test_what_is_not_ours_is_told_by_a_number_only(caplog, monkeypatch):
     assert "secret" in caplog.text
 
 
-@pytest.mark.parametrize("text", ["0x7fffdeadbeef", "<llama object at 0x7fff>", "/usr/lib/x.py", "C:\\Users\\me\\x.py", "see /work/a/b"])
+@pytest.mark.parametrize(
+    "text", ["0x7fffdeadbeef", "<llama object at 0x7fff>", "/usr/lib/x.py", "C:\\Users\\me\\x.py", "see /work/a/b"]
+)
 def test_our_own_texts_are_cleaned_too(text):
     assert not PRIVATE.search(errors.public(f"cannot read {text} now"))
     assert not PRIVATE.search(errors.respond(errors.ApiError(400, text * 500)).body.decode())
@@ -80,5 +86,7 @@ def test_a_broken_request_costs_nobody_else(server):
         alone = client.post("/v1/chat/completions", json=chat(temperature=0, max_tokens=8)).json()["choices"][0]["message"]
         for body in BAD[:12]:
             assert client.post("/v1/chat/completions", content=body, headers=JSON).status_code < 500
-            again = client.post("/v1/chat/completions", json=chat(temperature=0, max_tokens=8)).json()["choices"][0]["message"]
+            again = client.post("/v1/chat/completions", json=chat(temperature=0, max_tokens=8)).json()["choices"][0][
+                "message"
+            ]
             assert again == alone

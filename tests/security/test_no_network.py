@@ -14,7 +14,13 @@ _ON = [False]
 
 
 def _watch(event: str, given: tuple) -> None:
-    if _ON[0] and event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "urllib.Request", "subprocess.Popen"):
+    if _ON[0] and event in (
+        "socket.connect",
+        "socket.getaddrinfo",
+        "socket.gethostbyname",
+        "urllib.Request",
+        "subprocess.Popen",
+    ):
         SEEN.append(f"{event} {given!r}")
 
 
@@ -26,7 +32,11 @@ def watched(server):
         sys._hasten_watch = True
     SEEN.clear()
     _ON[0] = True
-    yield lambda: [one for one in SEEN if f"'127.0.0.1', {server.port})" not in one and not one.startswith("socket.getaddrinfo ('127.0.0.1'")]
+    yield lambda: [
+        one
+        for one in SEEN
+        if f"'127.0.0.1', {server.port})" not in one and not one.startswith("socket.getaddrinfo ('127.0.0.1'")
+    ]
     _ON[0] = False
 
 
@@ -53,7 +63,15 @@ def test_the_hook_sees_connections(watched):
 def test_cve_2026_0599_links_in_text_open_no_socket(server, watched, text):
     with server.client() as client:
         assert client.post("/v1/chat/completions", json=chat(text)).status_code == 200
-        assert client.post("/v1/chat/completions", json=chat([{"role": "system", "content": text}, {"role": "user", "content": [{"type": "text", "text": text}]}])).status_code == 200
+        assert (
+            client.post(
+                "/v1/chat/completions",
+                json=chat(
+                    [{"role": "system", "content": text}, {"role": "user", "content": [{"type": "text", "text": text}]}]
+                ),
+            ).status_code
+            == 200
+        )
         assert client.post("/v1/completions", json={"model": "tiny", "prompt": text, "max_tokens": 2}).status_code == 200
         assert client.post("/v1/embeddings", json={"model": "tiny", "input": [text]}).status_code == 200
     assert watched() == []
