@@ -37,10 +37,13 @@ async def embed(body: EmbeddingBody, request: Request) -> JSONResponse:
 
 
 def vectors(llm: LLM, texts: Sequence[Sequence[int]], body: EmbeddingBody) -> Generator[None, None, list[Any]]:
-    """The vectors of token ids, float32 [hidden] each; yields between two texts, so that other requests go on."""
+    """The vectors of token ids, float32 [hidden] each; yields between chunks, so that other requests go on."""
+    from hasten.scoring import pooled
+
     out = []
     for one in texts:
-        vector = llm.embed([one], pooling=body.hasten.pooling, normalize=False)[0].numpy()
+        state = yield from pooled(llm.model, llm.engine.scheduler.pool, one, last=body.hasten.pooling == "last")
+        vector = state.numpy()
         if body.dimensions is not None and body.dimensions > len(vector):
             raise out_of_range("dimensions", body.dimensions, f"at most the model's {len(vector)}")
         vector = vector[: body.dimensions]
