@@ -41,21 +41,28 @@ def test_models_are_listed_and_found(server: Served) -> None:
     assert set(listed) == {"tiny", "ending", "gpt-4o-mini"}
     one = client.models.retrieve("tiny")
     assert (one.id, one.object, one.owned_by) == ("tiny", "model", "hasten")
-    assert one.hasten["kind"] == "causal" and one.hasten["window"] == 512 and one.hasten["chat"] is True
+    assert one.hasten["kind"] == "causal"
+    assert one.hasten["window"] == 512
+    assert one.hasten["chat"] is True
     assert client.models.retrieve("gpt-4o-mini").hasten["alias_of"] == "tiny"
 
 
 def test_an_answer_is_the_librarys(server: Served, llm: LLM) -> None:
     answer, own = server.openai().chat.completions.create(**SEEDED), direct(llm)
-    assert answer.object == "chat.completion" and answer.model == "tiny" and answer.id.startswith("chatcmpl-")
+    assert answer.object == "chat.completion"
+    assert answer.model == "tiny"
+    assert answer.id.startswith("chatcmpl-")
     (choice,) = answer.choices
     assert (choice.index, choice.message.role, choice.message.content) == (0, "assistant", own.text)
-    assert choice.finish_reason == "length" and choice.logprobs is None and choice.message.refusal is None
+    assert choice.finish_reason == "length"
+    assert choice.logprobs is None
+    assert choice.message.refusal is None
     prompt = len(llm.chat_ids(CHAT))
     assert answer.usage is not None
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (prompt, 24)
     assert answer.usage.total_tokens == prompt + 24
-    assert answer.hasten["seed"] == 7 and answer.hasten["usage"]["forwards"] >= 1
+    assert answer.hasten["seed"] == 7
+    assert answer.hasten["usage"]["forwards"] >= 1
 
 
 def test_choices_repeat_with_the_seed_and_differ_among_each_other(server: Served) -> None:
@@ -121,11 +128,13 @@ def test_finish_reasons(server: Served) -> None:
     client = server.openai()
     ended = client.chat.completions.create(**{**SEEDED, "model": "ending"}, logit_bias={str(END): 100})
     assert (ended.choices[0].finish_reason, ended.choices[0].message.content) == ("stop", "")
-    assert ended.usage is not None and ended.usage.completion_tokens == 1
+    assert ended.usage is not None
+    assert ended.usage.completion_tokens == 1
     on = client.chat.completions.create(
         **{**SEEDED, "model": "ending"}, logit_bias={str(END): 100}, extra_body={"hasten": {"ignore_eos": True}}
     )
-    assert on.choices[0].finish_reason == "length" and on.usage.completion_tokens == 24
+    assert on.choices[0].finish_reason == "length"
+    assert on.usage.completion_tokens == 24
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
@@ -133,20 +142,23 @@ def test_lengths(server: Served, name: str) -> None:
     how = {key: value for key, value in SEEDED.items() if key != "max_tokens"}
     for count in (1, 5):
         answer = server.openai().chat.completions.create(**how, **{name: count})
-        assert answer.usage.completion_tokens == count and answer.choices[0].finish_reason == "length"
+        assert answer.usage.completion_tokens == count
+        assert answer.choices[0].finish_reason == "length"
 
 
 def test_without_a_length_the_window_is_filled(server: Served, llm: LLM) -> None:
     how = {key: value for key, value in SEEDED.items() if key != "max_tokens"}
     answer = server.openai().chat.completions.create(**how)
-    assert answer.usage.total_tokens == 512 and answer.choices[0].finish_reason == "length"
+    assert answer.usage.total_tokens == 512
+    assert answer.choices[0].finish_reason == "length"
 
 
 def test_logprobs_are_the_librarys_numbers(server: Served, llm: LLM) -> None:
     own = direct(llm, logprobs=5)
     answer = server.openai().chat.completions.create(**SEEDED, logprobs=True, top_logprobs=5)
     entries = answer.choices[0].logprobs.content
-    assert own.logprobs is not None and len(entries) == len(own.logprobs) == 24
+    assert own.logprobs is not None
+    assert len(entries) == len(own.logprobs) == 24
     joined = b""
     for entry, one in zip(entries, own.logprobs, strict=True):
         raw = llm.tokenizer.token_bytes(one.token)
@@ -171,7 +183,8 @@ def test_a_stream_put_together_is_the_answer(server: Served, llm: LLM) -> None:
     assert len({(chunk.id, chunk.created, chunk.model) for chunk in chunks}) == 1
     for index, choice in enumerate(whole.choices):
         own = [part for chunk in chunks for part in chunk.choices if part.index == index]
-        assert own[0].delta.role == "assistant" and own[0].delta.content == ""
+        assert own[0].delta.role == "assistant"
+        assert own[0].delta.content == ""
         assert all(part.delta.role is None for part in own[1:])
         assert own[-1].finish_reason == choice.finish_reason == "length"
         entries = [entry for part in own if part.logprobs for entry in part.logprobs.content]
@@ -194,9 +207,11 @@ def test_a_stream_ends_with_the_counts_when_they_are_asked_for(server: Served) -
 def test_the_bytes_of_a_stream(server: Served) -> None:
     with server.http() as client, client.stream("POST", "/v1/chat/completions", json={**SEEDED, "stream": True}) as answer:
         assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
-        assert answer.headers["cache-control"] == "no-cache" and answer.headers["x-hasten-method"] == "auto"
+        assert answer.headers["cache-control"] == "no-cache"
+        assert answer.headers["x-hasten-method"] == "auto"
         lines = [line for line in answer.iter_lines() if line]
-    assert all(line.startswith("data: ") for line in lines) and lines[-1] == "data: [DONE]"
+    assert all(line.startswith("data: ") for line in lines)
+    assert lines[-1] == "data: [DONE]"
 
 
 def test_the_trace_of_a_stream(server: Served, llm: LLM) -> None:
@@ -213,7 +228,8 @@ def test_the_trace_of_a_stream(server: Served, llm: LLM) -> None:
     assert all(event["choice"] == 0 and event["t"] >= 0 for event in events)
     last = next(chunk for chunk in reversed(chunks) if chunk.model_extra.get("hasten")).model_extra["hasten"]
     passes = sum(event["kind"] == "forward" for event in events)
-    assert last["seed"] == 7 and last["usage"]["forwards"] == passes - 1  # the pass that read the prompt
+    assert last["seed"] == 7
+    assert last["usage"]["forwards"] == passes - 1
     plain = list(server.openai().chat.completions.create(**SEEDED, stream=True))
     assert not any((chunk.model_extra.get("hasten") or {}).get("events") for chunk in plain)
 

@@ -40,7 +40,8 @@ def direct(llm: LLM, prompt: Any = PROMPT, **how: Any) -> Any:
 
 def test_a_completion_is_the_librarys(server: Served, llm: LLM) -> None:
     answer, own = server.openai().completions.create(**HOW), direct(llm)
-    assert answer.object == "text_completion" and answer.id.startswith("cmpl-")
+    assert answer.object == "text_completion"
+    assert answer.id.startswith("cmpl-")
     (choice,) = answer.choices
     assert (choice.index, choice.text, choice.finish_reason, choice.logprobs) == (0, own.text, "length", None)
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(llm.encode(PROMPT)), 16)
@@ -89,17 +90,20 @@ def test_scores_of_a_prompt_are_the_librarys(server: Served, llm: LLM, max_token
         more = direct(llm, text, temperature=0, max_tokens=1, logprobs=3) if max_tokens else None
         want = llm.score(ids[:1], ids[1:])
         after = [more.logprobs[0].logprob] if more else []
-        assert found.token_logprobs[0] is None and found.top_logprobs[0] is None
+        assert found.token_logprobs[0] is None
+        assert found.top_logprobs[0] is None
         assert found.token_logprobs[1:] == pytest.approx([*want.logprobs, *after], abs=1e-5)
         assert found.tokens == [llm.decode([token], skip_special=False) for token in [*ids, *(more.tokens if more else ())]]
         assert len(found.top_logprobs) == len(found.tokens) == len(found.text_offset)
         for token, value, top in list(zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True))[1:]:
-            assert len(top) == 3 and max(top.values()) >= value - 1e-6
+            assert len(top) == 3
+            assert max(top.values()) >= value - 1e-6
             assert token not in top or top[token] == pytest.approx(value, abs=1e-5)
             assert list(top.values()) == sorted(top.values(), reverse=True)
         for token, at in zip(found.tokens, found.text_offset, strict=True):
             assert choice.text[at : at + len(token)] == token
-        assert choice.text == text + (more.text if more else "") and choice.finish_reason == "length"
+        assert choice.text == text + (more.text if more else "")
+        assert choice.finish_reason == "length"
     count = sum(map(len, tokens))
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (count, max_tokens * 2)
 
@@ -157,7 +161,9 @@ def test_canvases_stream_in_order_with_guesses_on_request(server: Served, dlm: L
         if provisional:
             guesses = [event for event in events if event["kind"] == "propose"]
             assert all(0 <= event["confidence"] <= 1 and "piece" in event for event in guesses)
-    assert "propose" not in seen[False] and "propose" in seen[True] and "block" in seen[False]
+    assert "propose" not in seen[False]
+    assert "propose" in seen[True]
+    assert "block" in seen[False]
 
 
 def test_embeddings_are_the_librarys(server: Served, llm: LLM) -> None:
