@@ -74,28 +74,27 @@ async def complete(body: CompletionBody, request: Request) -> Response:
     return JSONResponse(content, headers=generation.headers(outputs))
 
 
-def listed(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
-    """The prompts of a body, one or many; raises ConfigError for none or too many."""
-    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
-        many: list[Any] = [prompt]
+def listed(given: str | list[str] | list[int] | list[list[int]], field: str = "prompt") -> list[str | list[int]]:
+    """The prompts of a body, one or many; raises ConfigError, naming `field`, for none, too many or an empty one."""
+    if isinstance(given, str) or (given and isinstance(given[0], int)):
+        many: list[Any] = [given]
     else:
-        many = list(prompt)
+        many = list(given)
     if not 1 <= len(many) <= LIMITS.served_inputs:
-        raise out_of_range("prompt", f"{len(many)} prompts", f"1 to {LIMITS.served_inputs} prompts")
-    for one in many:
-        if not one:
-            raise ConfigError("a prompt is empty; every prompt must hold at least one character or token", field="prompt")
+        raise out_of_range(field, f"{len(many)} of them", f"1 to {LIMITS.served_inputs} texts")
+    if not all(many):
+        raise ConfigError(f"{field} has an empty text; each must hold at least one character or token", field=field)
     return many
 
 
-def ids(llm: LLM, prompt: str | Sequence[int]) -> list[int]:
-    """Token ids of one prompt; raises ConfigError for ids outside the vocabulary."""
-    if isinstance(prompt, str):
-        return llm.encode(prompt)
+def ids(llm: LLM, given: str | Sequence[int], field: str = "prompt") -> list[int]:
+    """Token ids of one prompt; raises ConfigError, naming `field`, for ids outside the vocabulary."""
+    if isinstance(given, str):
+        return llm.encode(given)
     vocabulary = llm.model.capabilities.vocab_size
-    if max(prompt) >= vocabulary:
-        raise out_of_range("prompt", max(prompt), f"token ids below the vocabulary of {vocabulary}")
-    return list(prompt)
+    if max(given) >= vocabulary:
+        raise out_of_range(field, max(given), f"token ids below the vocabulary of {vocabulary}")
+    return list(given)
 
 
 def echoed(llm: LLM, given: str | list[int], prompt: Sequence[int]) -> str:

@@ -27,7 +27,7 @@ async def embed(body: EmbeddingBody, request: Request) -> JSONResponse:
     worker = request.app.state.worker
     model = generation.resolve(worker, body.model)
     llm = worker.llm(model)
-    made = await worker.prepare(lambda: [ids(llm, text) for text in listed(body.input)])
+    made = await worker.prepare(lambda: [ids(llm, text, "input") for text in listed(body.input, "input")])
     work = worker.call(model, lambda loaded: vectors(loaded, made, body))
     found = await generation.until_gone(request, work)
     count = sum(map(len, made))
