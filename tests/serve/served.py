@@ -63,6 +63,16 @@ class Served:
 @contextmanager
 def serving(models: Mapping[str, LLM | Callable[[], LLM]], **settings: Any) -> Iterator[Served]:
     """Serve `models` while the context lasts; it ends with nothing left in any engine."""
+    with starting(models, **settings) as running:
+        running.until(lambda: running.worker.state != "loading", "models loaded", 60)
+        assert running.worker.state == "ready", running.worker.failure
+        yield running
+        running.until(lambda: running.worker.load() == (0, 0), "no rows left behind")
+
+
+@contextmanager
+def starting(models: Mapping[str, LLM | Callable[[], LLM]], **settings: Any) -> Iterator[Served]:
+    """As `serving`, from the moment when the server listens: it may still load its models."""
     how = Settings(port=0, **settings)
     worker = Worker(models, how)
     server = Server(config(build_app(worker, how, drain_s=0.2), how), worker)
@@ -70,18 +80,13 @@ def serving(models: Mapping[str, LLM | Callable[[], LLM]], **settings: Any) -> I
     thread.start()
     try:
         end = time.monotonic() + 60
-        while not server.started or worker.state == "loading":
+        while not server.started:
             assert thread.is_alive(), f"the server ended: {worker.failure}"
             assert time.monotonic() < end, "the server does not start"
             time.sleep(0.01)
-        assert worker.state == "ready", worker.failure
         port = server.servers[0].sockets[0].getsockname()[1]
         with ExitStack() as closing:
             yield Served(f"http://127.0.0.1:{port}", worker, closing)
-        end = time.monotonic() + 10
-        while worker.load() != (0, 0):
-            assert time.monotonic() < end, f"rows are left behind: {worker.load()}"
-            time.sleep(0.01)
     finally:
         server.should_exit = True
         thread.join(20)
