@@ -32,8 +32,6 @@ Delta = dict[str, Any]
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
-# Arguments as json.dumps writes them: what models were shown, no runs of white space, and more tokens that are forced.
-_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +175,7 @@ def tool_grammar(offer: Offer | None) -> Grammar | None:
     for i in places:
         tool = offer.tools[i]
         head = f'{{"name": {json.dumps(tool.name)}, "arguments": '
-        schema = {"x-guidance": _LAYOUT, **(tool.parameters or _NO_ARGUMENTS)}
+        schema = tool.parameters or _NO_ARGUMENTS
         lines.append(f'call_{i}: {_quoted(head)} %json {_json(schema, i)} "}}"')
     text = "\n".join(lines) + "\n"
     if len(text) > LIMITS.grammar_bytes:
