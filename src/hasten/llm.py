@@ -70,8 +70,8 @@ def load(
     `cache` bfloat16 or int8 (keys and values), `weights` int8, int4 or int4-min (rounded to nearest).
     `threads`: CPU threads for this process (default: all). `cache_bytes`: KV cache (default: half of what is free after
     loading). `serving`: for many users at once - a shorter queue, and requests that free memory does not allow are refused
-    for now; `prefix_cache`: keep keys of prompts for later ones that begin alike. `force`: load although the memory check says it will not fit. `progress(what, done, total)` is called during
-    downloads and loading.
+    for now; `prefix_cache`: keep keys of prompts for later ones that begin alike. `force`: load although the memory check
+    says it will not fit. `progress(what, done, total)` is called during downloads and loading.
     Raises UnknownNameError, DownloadError, FormatError, UnsupportedError, MemoryFitError, ConfigError.
     """
     import torch
