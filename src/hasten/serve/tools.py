@@ -32,7 +32,10 @@ Delta = dict[str, Any]
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _OPEN = frozenset(
-    ("$ref", "additionalProperties", "allOf", "anyOf", "oneOf", "patternProperties", "propertyNames", "unevaluatedProperties")
+    (
+        *("$ref", "allOf", "anyOf", "oneOf", "additionalProperties", "patternProperties", "propertyNames"),
+        "unevaluatedProperties",
+    )
 )
 _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 
