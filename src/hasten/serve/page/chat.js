@@ -3,7 +3,7 @@
 import { errorCard, stream } from "./api.js";
 import { announce, beforePaint, button, copy, el, figure, fill } from "./dom.js";
 import { MarkdownView } from "./markdown.js";
-import { kindOf } from "./server.js";
+import { kindOf, server } from "./server.js";
 import { body, keep, settings } from "./settings.js";
 import { Trace } from "./trace.js";
 
@@ -44,6 +44,7 @@ export class Chat {
   /** Draw every message anew, or the examples when there is none. */
   redraw() {
     if (!this.messages.length) return this.#welcome();
+    this.sender.disabled = !server.models.length;
     fill(this.list, this.messages.map((message, i) => this.#message(message, i)));
     this.#latest();
     this.#end();
@@ -61,7 +62,7 @@ export class Chat {
 
   send() {
     const text = this.input.value.trim();
-    if (!text || this.running) return;
+    if (!text || this.running || !server.models.length) return;
     this.input.value = "";
     this.#size();
     this.messages.push({ role: "user", content: text });
@@ -117,6 +118,8 @@ export class Chat {
   }
 
   #welcome() {
+    this.sender.disabled = !server.models.length;
+    if (this.sender.disabled) return fill(this.list);
     const kind = kindOf(settings.model);
     const examples = EXAMPLES[kind].map((text) => {
       const take = () => {
@@ -127,6 +130,7 @@ export class Chat {
     });
     const words = kind === "masked" ? "This model fills a whole canvas at once. Watch which places it settles first." : "This model writes from left to right. Watch which tokens a draft gave it for free.";
     fill(this.list, el("li", { class: "welcome" }, el("h2", {}, "What shall it write?"), el("p", {}, words), el("div", { class: "examples" }, examples)));
+    return undefined;
   }
 
   #message(message, i) {
@@ -136,7 +140,7 @@ export class Chat {
     if (message.role === "user") {
       text.textContent = message.content;
       const editable = !this.running && i === this.messages.findLastIndex((one) => one.role === "user");
-      node.append(el("div", { class: "acts" }, editable ? button("edit", "Edit", () => this.#edit(node, i)) : null, button("copy", "Copy", (event) => copy(message.content, event.currentTarget))));
+      node.prepend(el("div", { class: "acts" }, editable ? button("edit", "Edit", () => this.#edit(node, i)) : null, button("copy", "Copy", (event) => copy(message.content, event.currentTarget))));
       return node;
     }
     message.node = node;

@@ -59,6 +59,7 @@ export class CanvasView {
     this.trace = trace;
     this.node = el("div", { class: "cells", role: "group", "aria-label": "Canvas, one cell per token" });
     this.cells = new Map();
+    this.fresh = []; // cells committed in the forward that is shown
     this.walk = new Walk(this.node, (cell) => tell(this.#words(Number(cell.dataset.at)), cell));
     this.f = -1;
   }
@@ -69,6 +70,8 @@ export class CanvasView {
     this.node.style.setProperty("--n", Math.max(1, this.trace.forwards.length - 1));
     const { from, to } = this.trace.place;
     if (this.cells.size < to - from) this.#grow(from, to);
+    if (live) for (const cell of this.fresh) cell.classList.remove("fresh");
+    this.fresh = [];
     for (const at of live ? this.trace.dirty : this.cells.keys()) this.#draw(at);
     this.trace.dirty.clear();
   }
@@ -94,7 +97,9 @@ export class CanvasView {
     if (cell.textContent !== text) cell.textContent = text;
     cell.dataset.state = place.state;
     cell.classList.toggle("end", text === "■");
-    cell.classList.toggle("fresh", place.state === "final" && place.f === this.f);
+    const fresh = place.state === "final" && place.f === this.f;
+    cell.classList.toggle("fresh", fresh);
+    if (fresh) this.fresh.push(cell);
     if (text.length > 2 && text !== "■") this.node.classList.add("words");
     cell.style.setProperty("--f", place.f ?? 0);
     cell.style.setProperty("--c", Number.isFinite(place.confidence) ? place.confidence : 1);
@@ -111,7 +116,7 @@ export class CanvasView {
   }
 }
 
-const MOST_REFUSED = 3; // drafts shown at one place; the others are counted
+const MOST_REFUSED = 2; // drafts shown at one place; the others are counted
 
 /** The text of a causal model as tokens: drafted and kept, the model's own, and refused drafts where they were proposed. */
 export class TokensView {
@@ -143,7 +148,7 @@ export class TokensView {
     const nodes = [];
     const refused = this.trace.refused.get(token.position) ?? [];
     for (const draft of refused.slice(0, MOST_REFUSED)) {
-      const text = draft.pieces.slice(0, 4).map((piece) => visible(piece)).join("");
+      const text = draft.pieces.slice(0, 3).map(shown).join("");
       const more = draft.size > 1 ? `, ${draft.size} nodes` : "";
       nodes.push(this.#chip("refused", text, draft.f, NaN, `${quote(draft.pieces.join(""))} · draft refused in forward ${draft.f + 1}${more}`));
     }
@@ -155,21 +160,26 @@ export class TokensView {
     const prompt = this.trace.forwards[token.f]?.prompt;
     const how = token.drafted ? "drafted and accepted" : prompt ? "from the pass that read the prompt" : "the model's own";
     const words = `${quote(token.piece)} · position ${token.position} · forward ${token.f + 1} · ${how} · confidence ${figure.share(token.confidence)}`;
-    const text = /^<[^<>\s]+>$/.test(token.piece) || token.piece === "" ? "■" : token.piece.replace(/\r?\n/g, "↵\n");
-    nodes.push(this.#chip(token.drafted ? "kept" : "own", text, token.f, token.confidence, words));
+    nodes.push(this.#chip(token.drafted ? "kept" : "own", shown(token.piece).replace(/↵/g, "↵\n"), token.f, token.confidence, words));
     this.node.append(...nodes);
     this.made.push({ f: token.f, nodes });
   }
 
   #chip(kind, text, f, confidence, words) {
     const tag = kind.startsWith("refused") ? "del" : "span";
-    const chip = el(tag, { class: `chip ${kind}`, "data-words": words, "data-f": f, "aria-label": words, role: "img" }, text);
+    const chip = el(tag, { class: `chip ${kind}`, "data-words": words, "data-f": f, "aria-label": words, role: "img" });
+    const bare = text.trimStart(); // a token's leading space is not part of its mark
+    const space = tag === "del" ? "" : text.slice(0, text.length - bare.length);
+    chip.append(...(bare ? [space, el("span", { class: "ink" }, bare)] : [el("span", { class: "ink" }, text)]));
     if (Number.isFinite(confidence)) chip.style.setProperty("--c", confidence);
     chip.style.setProperty("--f", f);
     this.walk.add(chip);
     return chip;
   }
 }
+
+/* A token's text within a line: as it is, with signs for line breaks and special tokens. */
+const shown = (piece) => (/^ +\S/.test(piece) || /^ +$/.test(piece) ? piece : visible(piece));
 
 /** A piece of text in quotes, short, with its line breaks visible. */
 export function quote(piece) {

@@ -165,10 +165,14 @@ export class Race {
     announce(words);
     fill(
       this.result,
-      el("h3", {}, words),
+      el(
+        "div",
+        {},
+        el("h3", {}, words),
+        same(difference(a.content, b.content)),
+        together ? el("p", { class: "hint" }, "Both shared this machine, often within the same forward pass: run them one after the other for times that compare.") : null,
+      ),
       el("div", { class: "table" }, el("table", {}, el("thead", {}, head), el("tbody", {}, lines))),
-      same(difference(a.content, b.content)),
-      together ? el("p", { class: "hint" }, "Both shared this machine, often within the same forward pass: run them one after the other for times that compare.") : null,
     );
   }
 }

@@ -146,7 +146,8 @@ export class Trace {
     return count;
   }
 
-  /** Sums so far; the server's own once they are there. Tokens per forward leave out the pass that read the prompt. */
+  /** Sums so far; the server's own once they are there. Tokens per forward leave out the pass that read the
+  prompt; for a canvas they are what was committed, end tokens included. */
   sums() {
     const passes = this.forwards.filter((forward) => !forward.prompt);
     const total = (list, key) => list.reduce((sum, entry) => sum + entry[key], 0);
@@ -156,7 +157,7 @@ export class Trace {
     return {
       forwards: usage?.forwards ?? passes.length,
       tokens: this.kind === "causal" ? this.tokens.length : total(this.forwards, "committed"),
-      perForward: usage?.tokens_per_forward ?? (passes.length ? committed / passes.length : NaN),
+      perForward: (this.kind === "causal" && usage?.tokens_per_forward) || (passes.length ? committed / passes.length : NaN),
       drafted: usage?.drafted_tokens ?? total(passes, "drafted"),
       accepted: usage?.accepted_tokens ?? total(passes, "accepted"),
       rate: usage?.tokens_per_s ?? (time > 0 ? committed / time : NaN),

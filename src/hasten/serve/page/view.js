@@ -31,7 +31,7 @@ export class LiveView {
     const chart = el("figure", { class: "chart" }, el("figcaption", {}, "Tokens committed per forward", this.scale), this.bars);
     const time = el("div", { class: "time" }, this.player, this.range, this.where);
     this.tools = el("div", { class: "tools" }, this.colour, this.drafts);
-    this.content = el("div", { class: "live-content", hidden: true }, this.sums, chart, time, this.tools, this.body, this.detail, this.legend);
+    this.content = el("div", { class: "live-content", hidden: true }, this.sums, chart, time, this.tools, this.legend, this.body, this.detail);
     this.node = el("section", { class: `live${compact ? " compact" : ""}`, "aria-label": title }, el(level, {}, title), this.empty, this.content);
     this.draw = beforePaint(() => this.#draw());
     this.body.dataset.colour = "step";
@@ -44,8 +44,7 @@ export class LiveView {
     this.f = null; // follow the last pass
     this.shown = -1;
     this.bars.replaceChildren();
-    this.content.hidden = !trace;
-    this.empty.hidden = !!trace;
+    this.draw();
     if (!trace) return;
     const Places = trace.kind === "masked" ? CanvasView : TokensView;
     this.places = new Places(trace, (words) => (this.detail.textContent = words));
@@ -69,7 +68,10 @@ export class LiveView {
 
   #draw() {
     const { trace } = this;
-    if (!trace) return;
+    const nothing = !trace || (trace.ended && trace.now < 0);
+    this.content.hidden = nothing;
+    this.empty.hidden = !nothing;
+    if (nothing) return;
     const last = trace.now;
     const f = this.f ?? last;
     this.places.show(f, this.f === null && this.shown >= 0 && this.shown <= last);
