@@ -129,14 +129,14 @@ class LLM:
 
     def chat(self, messages: Sequence[Message], *, method: str | Sequence[str] = "auto", **sampling: Any) -> Any:
         """The assistant's next message for `messages` ({"role", "content"}), through the model's chat template."""
-        outs = self._run([self._request(self._chat_ids(messages), method, sampling)])[0]
+        outs = self._run([self._request(self.chat_ids(messages), method, sampling)])[0]
         return outs[0] if len(outs) == 1 else outs
 
     def chat_stream(
         self, messages: Sequence[Message], *, method: str | Sequence[str] = "auto", **sampling: Any
     ) -> Iterator[Event]:
         """As `stream`, for chat messages."""
-        request, parts = self._request(self._chat_ids(messages), method, sampling)
+        request, parts = self._request(self.chat_ids(messages), method, sampling)
         return self._events(request, parts)
 
     def fill(self, text: str, *, method: str | Sequence[str] = "auto", **sampling: Any) -> Output:
@@ -200,7 +200,8 @@ class LLM:
             raise out_of_range("prompt", prompt, "a string or a list of token ids")
         return list(cast("Sequence[int]", prompt))
 
-    def _chat_ids(self, messages: Sequence[Message]) -> list[int]:
+    def chat_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of `messages` through the model's chat template, up to where the answer begins."""
         if self.tokenizer is None:
             raise ConfigError(
                 f"model {self.name!r} has no tokenizer", hint="pass token ids to generate()", field="messages"
@@ -381,8 +382,8 @@ class LLM:
         logprobs = score(self.model, self.engine.scheduler.pool, [*before, *after], len(before))
         return Score(tuple(after), tuple(logprobs), sum(logprobs))
 
-    def embed(self, texts: str | Sequence[str], *, pooling: str = "mean", normalize: bool = True) -> Tensor:
-        """Embeddings float32 [N, hidden] of `texts`: the final hidden states' mean, or the last token's ("last").
+    def embed(self, texts: str | Sequence[Prompt], *, pooling: str = "mean", normalize: bool = True) -> Tensor:
+        """Embeddings float32 [N, hidden] of texts or token ids: the mean of the final hidden states, or the last one.
 
         `normalize` scales each to length 1. Raises ConfigError, ContextLengthError naming the text's length.
         """
