@@ -13,6 +13,11 @@ import re
 from functools import lru_cache
 from importlib import resources
 
+from fastapi import APIRouter
+from starlette.responses import Response
+
+router = APIRouter()
+
 _FOLDER = "page"
 _IMPORT = re.compile(r'^import \{[\w, ]+\} from "\./([\w.]+)";\n', re.MULTILINE)
 _EXPORT = re.compile(r"^export (?=(?:async )?(?:function|class|const|let) )", re.MULTILINE)
@@ -47,6 +52,13 @@ def document() -> tuple[bytes, dict[str, str]]:
         "Cache-Control": "no-cache",
         "Accept-Ranges": "none",
     }
+
+
+@router.get("/", include_in_schema=False)
+async def page() -> Response:
+    """The page itself."""
+    body, headers = document()
+    return Response(body, headers=headers)
 
 
 def _file(name: str) -> str:

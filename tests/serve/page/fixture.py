@@ -76,7 +76,7 @@ class Replay(BaseHTTPRequestHandler):
             }
             self._json(200, value)
         elif self.path == "/ready":
-            self._json(200, {"status": "ready"})
+            self._json(200, {"status": "ready", "running": 1, "waiting": 0})
         elif self.path == "/metrics":
             self._send(200, b"hasten_requests_in_flight 1\nhasten_requests_waiting 0\n", {"Content-Type": "text/plain"})
         else:

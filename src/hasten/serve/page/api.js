@@ -22,6 +22,9 @@ export const key = {
   set: (value) => (value ? sessionStorage.setItem(KEY, value) : sessionStorage.removeItem(KEY)),
 };
 
+/** The headers that carry the key, if the person gave one here; else the browser's own sign-in goes along. */
+export const authorization = () => (key.get() ? { Authorization: `Bearer ${key.get()}` } : {});
+
 let asking = null;
 
 /* Ask for a key once, however many requests wait for it; resolves to false when the person declines. */
@@ -47,14 +50,13 @@ function ask() {
 }
 
 /** Fetch `path`; asks for a key when the server wants one. Raises ApiError, or TypeError when nothing answers. */
-export async function request(path, { body, signal, quiet = false } = {}) {
+export async function request(path, { body, signal } = {}) {
   for (;;) {
-    const headers = body ? { "Content-Type": "application/json" } : {};
-    if (key.get()) headers.Authorization = `Bearer ${key.get()}`;
+    const headers = { ...authorization(), ...(body ? { "Content-Type": "application/json" } : {}) };
     const options = { method: body ? "POST" : "GET", headers, signal, credentials: "same-origin", cache: "no-store", redirect: "error" };
     const answer = await fetch(path, body ? { ...options, body: JSON.stringify(body) } : options);
     if (answer.ok) return answer;
-    if (answer.status === 401 && !quiet && (await ask())) continue;
+    if (answer.status === 401 && (await ask())) continue;
     const read = await answer.json().catch(() => null);
     throw new ApiError(answer.status, read, Number(answer.headers.get("Retry-After")) || 0);
   }

@@ -9,7 +9,7 @@ import { Trace } from "./trace.js";
 
 const EXAMPLES = {
   masked: ["records: 21 bob 31;22 eve 25", "sort: k a d b", "reverse: a d k s", "copy: cat sun pen"],
-  causal: ["Write a poem in which every line begins with “I love”.", "Explain how a rainbow forms, in four sentences.", "Write a Python function that says whether a number is prime."],
+  causal: ["Explain how a rainbow forms, in four sentences.", "Write a Python function that says whether a number is prime.", "Write out a poem in which every line begins with 'I love'."],
 };
 const NEAR_END = 80; // pixels from the end within which the view keeps following
 

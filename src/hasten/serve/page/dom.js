@@ -73,7 +73,7 @@ export const figure = {
   count: (value) => (Number.isFinite(value) ? value.toLocaleString("en") : "–"),
   ratio: (value) => (Number.isFinite(value) ? round(value, 2) : "–"),
   rate: (value) => (Number.isFinite(value) ? round(value, value < 10 ? 1 : 0) : "–"),
-  share: (value) => (Number.isFinite(value) ? `${round(value * 100, value > 0.995 && value < 1 ? 2 : 0)} %` : "–"),
+  share: (value) => (!Number.isFinite(value) ? "–" : value < 1 && value > 0.9999 ? "> 99.99 %" : `${round(value * 100, value > 0.99 && value < 1 ? 2 : 0)} %`),
   seconds: (value) => (Number.isFinite(value) ? `${round(value, value < 10 ? 2 : 1)} s` : "–"),
   millions: (value) => (Number.isFinite(value) ? (value >= 1e9 ? `${round(value / 1e9, 1)} B` : `${round(value / 1e6, value < 1e7 ? 1 : 0)} M`) : ""),
 };

@@ -3,7 +3,7 @@
 import { errorCard } from "./api.js";
 import { Catalog } from "./catalog.js";
 import { Chat } from "./chat.js";
-import { button, fill } from "./dom.js";
+import { button, el, fill } from "./dom.js";
 import { Race } from "./race.js";
 import { load, modelOf, statusLine } from "./server.js";
 import { bind, keep, recall, settings } from "./settings.js";
@@ -89,13 +89,20 @@ document.addEventListener("keydown", (event) => {
 for (const closer of document.querySelectorAll("dialog [data-closes]")) closer.addEventListener("click", () => closer.closest("dialog").close(closer.value));
 for (const dialog of document.querySelectorAll("dialog")) dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
 
+let waiting = 0;
+
 async function begin() {
   const trouble = document.getElementById("trouble");
+  clearTimeout(waiting);
   try {
-    await load();
+    if (!(await load())) {
+      fill(trouble, el("p", { class: "hint", role: "status" }, "The server is loading its models…"));
+      waiting = setTimeout(begin, AGAIN_S * 1000);
+      return;
+    }
   } catch (error) {
     fill(trouble, errorCard(error, begin));
-    if (error instanceof TypeError || error.status === 503) setTimeout(begin, AGAIN_S * 1000);
+    if (error instanceof TypeError || error.status === 503) waiting = setTimeout(begin, AGAIN_S * 1000);
     return;
   }
   fill(trouble);

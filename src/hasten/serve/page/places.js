@@ -12,7 +12,10 @@ class Walk {
       this.#take(event.target);
       onfocus(event.target);
     });
-    node.addEventListener("pointerover", (event) => event.target !== node && onfocus(event.target));
+    node.addEventListener("pointerover", (event) => {
+      const child = event.target.closest("[tabindex]");
+      if (child && node.contains(child)) onfocus(child);
+    });
   }
 
   add(child) {

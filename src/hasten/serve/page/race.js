@@ -23,6 +23,7 @@ class Lane {
     this.node = el("article", { class: "lane", "aria-label": `Lane ${name}` }, head, this.text, this.trouble, this.view.node);
     this.draw = beforePaint(() => {
       this.text.textContent = this.content;
+      this.text.scrollTop = this.took ? 0 : this.text.scrollHeight;
       this.view.changed();
       this.#tick();
     });
@@ -136,6 +137,7 @@ export class Race {
   #button(busy) {
     this.start.textContent = busy ? "Stop" : "Start the race";
     this.start.classList.toggle("strong", !busy);
+    this.start.classList.toggle("plain", busy);
   }
 
   #summary(together) {

@@ -1,16 +1,17 @@
 /* What the server offers - models and methods - and how it is doing. */
 
-import { request } from "./api.js";
+import { authorization, request } from "./api.js";
 import { el, figure, fill } from "./dom.js";
 
-const EVERY_S = 5; // between two looks at the server's state, while the page is in sight
+const EVERY_S = 3; // between two looks at the server's state, while the page is in sight
 
 /** Filled by `load`: models as {id, kind, backbone, ...}, methods by slug as {slug, state, ...card and work}. */
 export const server = { models: [], methods: new Map(), presets: {}, state: "loading" };
 
-/** Ask the server for its models and methods. Raises what `request` raises. */
+/** Ask the server for its models and methods; false while it still loads them. Raises what `request` raises. */
 export async function load() {
   const listed = await (await request("/v1/models")).json();
+  if (listed.data.some((model) => !model.hasten)) return false;
   server.models = listed.data.filter((model) => !model.hasten?.alias_of).map((model) => ({ ...model.hasten, id: model.id }));
   const catalog = await (await request("/hasten/methods")).json();
   server.methods = new Map();
@@ -20,6 +21,7 @@ export async function load() {
     server.methods.set(card.slug, { venue: "", show: "", work: known?.work ?? "", ...known, ...card, state: "works" });
   }
   server.presets = catalog.presets;
+  return true;
 }
 
 export const modelOf = (id) => server.models.find((model) => model.id === id) ?? server.models[0];
@@ -35,7 +37,7 @@ export function kindFor(method) {
 /** [group, [[spec, label], ...]] of the methods to choose from for a kind of model. */
 export function choices(kind) {
   const presets = kind === "masked" ? Object.keys(server.presets) : ["auto", "plain"];
-  const words = { auto: kind === "masked" ? "auto: exact, saves forwards" : "auto: exact drafting", plain: "plain: no method", exact: "exact", fast: "fast", "few-step": "few-step" };
+  const words = { auto: "auto (exact)", plain: "plain", exact: "exact", fast: "fast", "few-step": "few-step" };
   const fitting = [...server.methods.values()].filter((method) => kindFor(method) === kind).map((method) => [method.slug, method.slug]);
   return [
     ["Presets", presets.map((name) => [name, words[name] ?? name])],
@@ -68,32 +70,16 @@ export function methodList(text) {
   return names.length > 1 ? names : (names[0] ?? "auto");
 }
 
-const gauge = (text, name) => {
-  let sum = NaN;
-  for (const line of text.split("\n")) {
-    if (line.startsWith(name) && /^[{ ]/.test(line.slice(name.length))) sum = (sum || 0) + Number(line.slice(line.lastIndexOf(" ") + 1));
-  }
-  return sum;
-};
-
 async function look() {
-  let state;
-  let queue = "";
   try {
-    const ready = await fetch("/ready", { cache: "no-store", credentials: "same-origin" });
-    state = ready.ok ? "ready" : ready.status === 503 ? "loading or draining" : "ready";
-    const metrics = await request("/metrics", { quiet: true });
-    const text = await metrics.text();
-    const running = gauge(text, "hasten_requests_in_flight");
-    const waiting = gauge(text, "hasten_requests_waiting");
-    if (Number.isFinite(running)) queue = `${running} running`;
-    if (Number.isFinite(waiting)) queue += `${queue ? ", " : ""}${waiting} waiting`;
-  } catch (error) {
-    state ??= "unreachable";
-    if (!(error instanceof TypeError)) queue = "";
+    const answer = await fetch("/ready", { cache: "no-store", credentials: "same-origin", headers: authorization() });
+    const { status, running, waiting } = await answer.json();
+    server.state = status ?? (answer.status === 401 ? "locked" : "loading");
+    return Number.isFinite(running) ? `${running} running, ${waiting} waiting` : "";
+  } catch {
+    server.state = "unreachable";
+    return "";
   }
-  server.state = state;
-  return queue;
 }
 
 /** Keep the status line true: the chosen model's facts, the server's state and queue. Returns a function that redraws it. */
@@ -104,7 +90,7 @@ export function statusLine(node, chosen) {
     const facts = model ? [model.kind === "masked" ? "masked diffusion" : "autoregressive", model.backbone && `${model.backbone} backbone`, model.dtype, model.parameters && `${figure.millions(model.parameters)} parameters`, model.window && `window ${figure.count(model.window)}`] : [];
     fill(
       node,
-      el("span", { class: "state", "data-state": server.state.split(" ")[0] }, el("span", { class: "dot", "aria-hidden": "true" }), server.state),
+      el("span", { class: "state", "data-state": server.state }, el("span", { class: "dot", "aria-hidden": "true" }), server.state),
       queue ? el("span", {}, queue) : null,
       model ? el("span", { class: "model" }, el("strong", {}, model.id), ` ${facts.filter(Boolean).join(" · ")}`) : null,
       el("a", { href: "/metrics" }, "Metrics"),

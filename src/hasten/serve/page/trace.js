@@ -71,9 +71,9 @@ export class Trace {
     if (this.kind === "masked") {
       const { commits } = this.#cell(event.position);
       const known = commits.at(-1);
-      if (known && known.token === event.token) return; // told again because its text was held back
+      if (known && known.token === entry.token) return; // told again because its text was held back
       commits.push(entry);
-      if (forward && event.token >= 0) forward.committed += 1;
+      if (forward && entry.token >= 0) forward.committed += 1;
     } else {
       if (this.draft) this.#judge(event.position);
       entry.drafted = this.left > 0;
@@ -167,11 +167,13 @@ export class Trace {
 }
 
 const chain = (count) => Array.from({ length: count }, (_, i) => i - 1);
-const pick = (event) => ({ token: event.token, piece: event.piece ?? "", confidence: event.confidence ?? NaN });
+const pick = (event) => ({ token: event.token ?? -1, piece: event.piece ?? "", confidence: event.confidence ?? NaN });
 
 /** A token's text as shown in a cell: what cannot be seen gets a sign. */
 export function visible(piece) {
   if (piece === "") return "∅";
   if (/^<[^<>\s]+>$/.test(piece)) return "■"; // an end token or another special one
+  const bytes = /^bytes:((?:\\x[0-9a-f]{2})+)$/.exec(piece); // part of a character
+  if (bytes) return `‹${bytes[1].replaceAll("\\x", " ").trim()}›`;
   return piece.replace(/\r?\n/g, "↵").replace(/\t/g, "⇥").replace(/^ +$/, (spaces) => "␣".repeat(spaces.length));
 }

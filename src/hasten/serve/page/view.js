@@ -4,6 +4,8 @@ import { beforePaint, button, el, figure, fill } from "./dom.js";
 import { CanvasView, TokensView } from "./places.js";
 import { Trace } from "./trace.js";
 
+const LEAST_SCALE = 4; // tokens that the chart's height stands for at least: one per forward looks like little
+const FOLLOW_PX = 60; // pixels from the end within which new tokens are followed
 const REPLAY_S = 6; // a replay takes about this long, and no pass is shown for more than a third of a second
 
 /** The live view of one answer at a time. `show(trace)` points it at a trace; `changed()` says that the trace has grown. */
@@ -24,7 +26,7 @@ export class LiveView {
     this.player = button("play", "Replay", () => this.#play());
     this.player.disabled = true;
     this.empty = el("p", { class: "empty" }, empty);
-    this.colour = this.#choice("Colour", ["step", "confidence"], (value) => (this.body.dataset.colour = value));
+    this.colour = this.#choice("Colour", ["step", "confidence"], (value) => (this.content.dataset.colour = value));
     this.drafts = el("label", { class: "check" }, el("input", { type: "checkbox", checked: true }), "Refused drafts");
     this.drafts.firstChild.addEventListener("change", (event) => this.body.classList.toggle("no-refused", !event.target.checked));
     this.legend = el("p", { class: "legend" });
@@ -34,7 +36,7 @@ export class LiveView {
     this.content = el("div", { class: "live-content", hidden: true }, this.sums, chart, time, this.tools, this.legend, this.body, this.detail);
     this.node = el("section", { class: `live${compact ? " compact" : ""}`, "aria-label": title }, el(level, {}, title), this.empty, this.content);
     this.draw = beforePaint(() => this.#draw());
-    this.body.dataset.colour = "step";
+    this.content.dataset.colour = "step";
   }
 
   /** Point the view at `trace` (null empties it). */
@@ -74,7 +76,11 @@ export class LiveView {
     if (nothing) return;
     const last = trace.now;
     const f = this.f ?? last;
+    this.content.toggleAttribute("data-moving", this.f !== null || !trace.ended);
+    const follow = this.f === null && !trace.ended && this.body.scrollHeight - this.body.scrollTop - this.body.clientHeight < FOLLOW_PX;
     this.places.show(f, this.f === null && this.shown >= 0 && this.shown <= last);
+    if (follow) this.body.scrollTop = this.body.scrollHeight;
+    else if (this.f !== null) this.#reveal();
     this.shown = this.f === null ? last : -1;
     this.#sum();
     this.#chart(f);
@@ -85,6 +91,13 @@ export class LiveView {
     const words = last < 0 ? "waiting" : `forward ${f + 1} of ${last + 1}`;
     this.where.textContent = words;
     this.range.setAttribute("aria-valuetext", `${words}, ${trace.done(f)} tokens`);
+  }
+
+  /* Bring what the shown forward has committed into sight. */
+  #reveal() {
+    const box = this.body.getBoundingClientRect();
+    const fresh = this.body.querySelector(".fresh:not([hidden])")?.getBoundingClientRect();
+    if (fresh && (fresh.top < box.top || fresh.bottom > box.bottom)) this.body.scrollTop += fresh.top - box.top - box.height / 2;
   }
 
   #sum() {
@@ -101,8 +114,9 @@ export class LiveView {
 
   #chart(f) {
     const { forwards } = this.trace;
-    const most = forwards.reduce((high, entry) => Math.max(high, entry.committed), 1);
-    this.bars.setAttribute("viewBox", `0 0 ${Math.max(forwards.length, 16)} ${most}`);
+    const most = forwards.reduce((high, entry) => Math.max(high, entry.committed), 0);
+    const high = Math.max(most, LEAST_SCALE);
+    this.bars.setAttribute("viewBox", `0 0 ${Math.max(forwards.length, 16)} ${high}`);
     this.bars.style.setProperty("--n", Math.max(1, forwards.length - 1));
     this.scale.textContent = `most: ${most}`;
     const sheet = document.getElementById("icons").content.getElementById("bar");
@@ -113,10 +127,10 @@ export class LiveView {
     }
     forwards.forEach((entry, i) => {
       if (this.trace.kind === "causal") {
-        place(this.bars.children[2 * i], i, most - entry.committed + entry.accepted, entry.committed - entry.accepted, i > f ? "later" : "own");
-        place(this.bars.children[2 * i + 1], i, most - entry.committed, entry.accepted, i > f ? "later" : "kept");
+        place(this.bars.children[2 * i], i, high - entry.committed + entry.accepted, entry.committed - entry.accepted, i > f ? "later" : "own");
+        place(this.bars.children[2 * i + 1], i, high - entry.committed, entry.accepted, i > f ? "later" : "kept");
       } else {
-        place(this.bars.children[2 * i], i, most - entry.committed, entry.committed, i > f ? "later" : "step");
+        place(this.bars.children[2 * i], i, high - entry.committed, entry.committed, i > f ? "later" : "step");
         this.bars.children[2 * i].style.setProperty("--f", i);
       }
     });
@@ -194,7 +208,7 @@ function place(bar, x, y, height, kind) {
 }
 
 function legend(kind) {
-  const sample = (name, text, words) => el("span", {}, el("span", { class: `sample ${name}`, "aria-hidden": "true" }, text), words);
-  if (kind === "masked") return [sample("masked", "", "masked"), sample("guess", "a", "guess"), sample("early", "a", "committed early"), sample("late", "a", "late"), sample("end", "■", "end token")];
-  return [sample("own", "a", "the model's own"), sample("kept", "a", "drafted, accepted"), sample("refused", "a", "drafted, refused")];
+  const sample = (name, text, words, when = "") => el("span", { class: when }, el("span", { class: `sample ${name}`, "aria-hidden": "true" }, text), words);
+  if (kind === "masked") return [sample("masked", "", "masked"), sample("guess", "a", "guess"), sample("early", "a", "committed early", "by-step"), sample("late", "a", "late", "by-step"), sample("sure", "a", "sure", "by-confidence"), sample("unsure", "a", "unsure", "by-confidence"), sample("end", "■", "end token")];
+  return [sample("own", "a", "the model's own", "by-step"), sample("unsure", "a", "unsure", "by-confidence"), sample("kept", "a", "drafted, accepted"), sample("refused", "a", "drafted, refused")];
 }
