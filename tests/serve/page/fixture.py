@@ -1,7 +1,8 @@
 """A server that replays recorded traces to the page, with the timing of a real one: for the browser tests only.
 
 `python tests/serve/page/fixture.py PORT` serves it by hand. Prompts steer it: "fail" answers with a 400 that names a
-field, "busy" with a 503, "break" ends the stream half-way, "markdown" answers with the text that tries to get out.
+field, "busy" with a 503, "break" ends the stream half-way, "slowly" stretches it tenfold, "large"
+fills a canvas of 512 places, "markdown" answers with the text that tries to get out.
 A key, when set, is asked for as the real server does.
 """
 
@@ -123,11 +124,14 @@ class Replay(BaseHTTPRequestHandler):
 
     def _chunks(self, body: dict[str, Any], prompt: str) -> Iterator[str]:
         method = body["hasten"]["method"]
+        if prompt == "large":
+            yield from _large()
+            return
         name = f"{body['model']}_{'plain' if method == 'plain' else 'auto'}"
         trace = json.loads((TRACES / f"{name}.json").read_text(encoding="utf-8"))
-        start = time.monotonic()
+        start, slow = time.monotonic(), 10.0 if prompt == "slowly" else 1.0
         for number, events in enumerate(trace["steps"]):
-            time.sleep(max(0.0, start + events[-1]["t"] * self.server.slow - time.monotonic()))
+            time.sleep(max(0.0, start + events[-1]["t"] * slow - time.monotonic()))
             if prompt == "break" and number == 3:
                 return
             text = "".join(event.get("text", "") for event in events)
@@ -138,18 +142,34 @@ class Replay(BaseHTTPRequestHandler):
         yield "data: [DONE]\n\n"
 
 
+def _large() -> Iterator[str]:
+    """A canvas of 512 places in 128 forwards, every open place guessed anew in each: what the view must keep up with."""
+    yield _sse({"choices": [], "hasten": {"events": [{"kind": "block", "choice": 0, "step": 0, "t": 0.0, "position": 8, "total": 520}]}})
+    order = [8 + (i * 167) % 512 for i in range(512)]
+    for step in range(128):
+        events = [{"kind": "forward", "choice": 0, "step": step, "t": step * 0.02, "total": 520, "backbone": "native"}]
+        for i, place in enumerate(order[step * 4 :]):
+            kind = "commit" if i < 4 else "propose"
+            events.append({"kind": kind, "choice": 0, "step": step, "t": step * 0.02, "position": place, "token": place, "piece": f" w{place}", "confidence": 0.5})
+        yield _sse({"choices": [], "hasten": {"events": events}})
+        time.sleep(0.02)
+    end = {"kind": "stop", "choice": 0, "step": 128, "t": 2.56}
+    yield _sse({"choices": [{"index": 0, "delta": {"content": "done"}, "finish_reason": "stop"}], "hasten": {"events": [end]}})
+    yield "data: [DONE]\n\n"
+
+
 def _sse(value: object, line: str = "\n") -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}{line}{line}"
 
 
 class FixtureServer(ThreadingHTTPServer):
-    """The server; `slow` stretches the recorded times, `asked` and `bodies` are what came in, `gone` counts hang-ups."""
+    """The server; `asked` and `bodies` are what came in, `gone` counts hang-ups."""
 
     daemon_threads = True
 
-    def __init__(self, port: int = 0, key: str = "", slow: float = 1.0) -> None:
+    def __init__(self, port: int = 0, key: str = "") -> None:
         super().__init__(("127.0.0.1", port), Replay)
-        self.key, self.slow = key, slow
+        self.key = key
         self.asked: list[str] = []
         self.bodies: list[dict[str, Any]] = []
         self.gone = 0

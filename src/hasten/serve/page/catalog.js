@@ -20,7 +20,7 @@ export class Catalog {
     this.count = document.getElementById("catalog-count");
     this.form.addEventListener("input", () => this.draw());
     this.form.addEventListener("submit", (event) => event.preventDefault());
-    this.form.addEventListener("reset", () => queueMicrotask(() => this.draw()));
+    this.form.addEventListener("reset", () => setTimeout(() => this.draw()));
   }
 
   /** Offer the filters that the catalog has values for. */

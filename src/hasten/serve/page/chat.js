@@ -163,7 +163,7 @@ export class Chat {
       this.#pane("trace");
     };
     const looking = message.trace?.forwards.length ? button("layers", "How it came to be", look, { quiet: false, kind: "look" }) : null;
-    const acts = [looking, message.content ? button("copy", "Copy", (event) => copy(message.content, event.currentTarget)) : null, last ? button("again", "Answer again", () => this.again()) : null];
+    const acts = [looking, message.content ? button("copy", "Copy", (event) => copy(message.content, event.currentTarget)) : null, last && !message.error ? button("again", "Answer again", () => this.again()) : null];
     message.node.append(el("div", { class: "acts" }, acts));
   }
 
@@ -177,6 +177,7 @@ export class Chat {
   #facts(message) {
     if (!message.trace) return;
     const sums = message.trace.sums();
+    message.facts.hidden = !!message.error && !message.content;
     const parts = [message.model];
     if (message.trace.facts?.method) parts.push(message.trace.facts.method.join(" + "));
     if (sums.tokens) parts.push(`${figure.rate(sums.rate)} tokens/s`, `${figure.ratio(sums.perForward)} tokens per forward`);

@@ -21,7 +21,7 @@ function open(name, focus = false) {
     one.tabIndex = chosen ? 0 : -1;
     document.getElementById(one.getAttribute("aria-controls")).hidden = !chosen;
   }
-  history.replaceState(null, "", `#${tab.getAttribute("aria-controls")}`);
+  if (location.hash || tab !== tabs[0]) history.replaceState(null, "", `#${tab.getAttribute("aria-controls")}`);
   if (focus) tab.focus();
 }
 

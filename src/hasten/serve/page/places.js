@@ -63,7 +63,11 @@ export class CanvasView {
     this.node = el("div", { class: "cells", role: "group", "aria-label": "Canvas, one cell per token" });
     this.cells = new Map();
     this.fresh = []; // cells committed in the forward that is shown
-    this.walk = new Walk(this.node, (cell) => tell(this.#words(Number(cell.dataset.at)), cell));
+    this.walk = new Walk(this.node, (cell) => {
+      const words = this.#words(Number(cell.dataset.at));
+      cell.setAttribute("aria-label", words); // only now: words for 512 cells in every frame would be too slow
+      tell(words, cell);
+    });
     this.f = -1;
   }
 
@@ -106,7 +110,7 @@ export class CanvasView {
     if (text.length > 2 && text !== "■") this.node.classList.add("words");
     cell.style.setProperty("--f", place.f ?? 0);
     cell.style.setProperty("--c", Number.isFinite(place.confidence) ? place.confidence : 1);
-    cell.setAttribute("aria-label", this.#words(at));
+    cell.removeAttribute("aria-label");
   }
 
   #words(at) {

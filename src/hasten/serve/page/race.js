@@ -159,7 +159,7 @@ export class Race {
     const [first, second] = a.took <= b.took ? [a, b] : [b, a];
     first.badge.hidden = false;
     const times = second.took / first.took;
-    const title = (lane) => `${lane.name}: ${lane.model.value}, ${lane.method}`;
+    const title = (lane) => [`${lane.name}: ${lane.method}`, a.model.value === b.model.value ? null : el("small", {}, lane.model.value)];
     const better = (values, sign, i) => sign && values[i] !== values[1 - i] && sign * (values[i] - values[1 - i]) > 0;
     const head = el("tr", {}, el("th", { scope: "col" }, el("span", { class: "unseen" }, "Figure")), this.lanes.map((lane) => el("th", { scope: "col" }, title(lane))));
     const lines = rows.map(([name, values, show, sign]) => el("tr", {}, el("th", { scope: "row" }, name), values.map((value, i) => el("td", { class: better(values, sign, i) ? "better" : "" }, show(value)))));

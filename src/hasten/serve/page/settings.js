@@ -76,7 +76,7 @@ export function bind(changed) {
       else if (control.dataset.fill === "methods") fillMethods(control, kindOf(settings.model), settings[name]);
       else if (control.type === "checkbox") control.checked = settings[name];
       else if (control !== document.activeElement) control.value = settings[name];
-      if (control.type === "range") control.closest("label").querySelector("output").textContent = settings[name];
+      if (control.type === "range") control.closest("label").querySelector(".value").textContent = settings[name];
     }
     document.getElementById("schema-row").hidden = settings.format !== "json_schema";
     document.getElementById("max-tokens").placeholder = String(USUAL[kindOf(settings.model)]);

@@ -3,25 +3,26 @@
 /** `push(bytes)` returns the data of every event that is now complete; comments and other fields are dropped. */
 export class EventParser {
   #decoder = new TextDecoder("utf-8");
-  #line = "";
+  #rest = "";
   #data = [];
-  #afterReturn = false;
+  #halved = false; // the last character was a carriage return, which has ended its line: a line feed may still belong to it
 
   push(bytes) {
     const done = [];
-    for (const character of this.#decoder.decode(bytes, { stream: true })) {
-      const second = this.#afterReturn && character === "\n"; // the other half of a CRLF
-      this.#afterReturn = character === "\r";
-      if (second) continue;
-      if (character === "\n" || character === "\r") this.#end(done);
-      else this.#line += character;
+    const fresh = this.#decoder.decode(bytes, { stream: true });
+    if (!fresh) return done;
+    const text = this.#rest + (this.#halved && fresh[0] === "\n" ? fresh.slice(1) : fresh);
+    this.#halved = fresh.endsWith("\r");
+    let at = 0;
+    for (const end of text.matchAll(/\r\n|\n|\r/g)) {
+      this.#line(text.slice(at, end.index), done);
+      at = end.index + end[0].length;
     }
+    this.#rest = text.slice(at);
     return done;
   }
 
-  #end(done) {
-    const line = this.#line;
-    this.#line = "";
+  #line(line, done) {
     if (line === "") {
       if (this.#data.length) done.push(this.#data.join("\n"));
       this.#data = [];

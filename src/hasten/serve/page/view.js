@@ -15,6 +15,7 @@ export class LiveView {
     this.sums = el("dl", { class: "sums" });
     this.bars = document.getElementById("icons").content.getElementById("bars").cloneNode(true);
     this.bars.removeAttribute("id");
+    this.bars.replaceChildren();
     this.bars.addEventListener("pointermove", (event) => this.#pointAt(event, false));
     this.bars.addEventListener("click", (event) => this.#pointAt(event, true));
     this.scale = el("span", { class: "scale" });
