@@ -301,7 +301,7 @@ const scenarios = {
     await page.click("#tab-methods");
     await page.fill("#search", "no such method anywhere");
     await page.locator(".button", { hasText: "Show all" }).click();
-    assert.equal(await page.locator(".card").count(), all);
+    await page.waitForFunction((count) => document.querySelectorAll(".card").length === count, all, { timeout: 2000 });
   },
 
   async "the keyboard is enough"(page) {

@@ -74,10 +74,15 @@ export class CanvasView {
   /** Show the canvas after forward `f`; `live` looks only at the places that changed. */
   show(f, live) {
     this.f = f;
-    this.node.style.setProperty("--n", Math.max(1, this.trace.forwards.length - 1));
+    paintScale(this.node, this.trace);
     const { from, to } = this.trace.place;
     if (this.cells.size < to - from) this.#grow(from, to);
-    if (live) for (const cell of this.fresh) cell.classList.remove("fresh");
+    if (live) {
+      for (const cell of this.fresh) {
+        cell.classList.remove("fresh");
+        cell.drawn = "";
+      }
+    }
     this.fresh = [];
     for (const at of live ? this.trace.dirty : this.cells.keys()) this.#draw(at);
     this.trace.dirty.clear();
@@ -101,15 +106,19 @@ export class CanvasView {
     const cell = this.cells.get(at);
     const place = this.trace.at(at, this.f);
     const text = place.state === "masked" ? "" : visible(place.piece);
-    if (cell.textContent !== text) cell.textContent = text;
+    const sure = Number.isFinite(place.confidence) ? place.confidence.toFixed(2) : "1";
+    const fresh = place.state === "final" && place.f === this.f;
+    if (fresh) this.fresh.push(cell);
+    const drawn = `${place.state} ${place.state === "final" ? place.f : 0} ${sure} ${fresh} ${text}`;
+    if (cell.drawn === drawn) return; // a guess that stays the same costs no style
+    cell.drawn = drawn;
+    cell.textContent = text;
     cell.dataset.state = place.state;
     cell.classList.toggle("end", text === "■");
-    const fresh = place.state === "final" && place.f === this.f;
     cell.classList.toggle("fresh", fresh);
-    if (fresh) this.fresh.push(cell);
     if (text.length > 2 && text !== "■") this.node.classList.add("words");
     cell.style.setProperty("--f", place.f ?? 0);
-    cell.style.setProperty("--c", Number.isFinite(place.confidence) ? place.confidence : 1);
+    cell.style.setProperty("--c", sure);
     cell.removeAttribute("aria-label");
   }
 
@@ -121,6 +130,15 @@ export class CanvasView {
     const how = place.state === "final" ? `committed in forward ${place.f + 1}${place.again ? ", after a revision" : ""}` : "a guess, may still change";
     return `${quote(place.piece)} · ${where} · ${how} · ${sure}`;
   }
+}
+
+/** Set the number of forwards that colours are spread over; while it grows, in leaps, since each recolours every cell. */
+export function paintScale(node, trace) {
+  const last = Math.max(1, trace.forwards.length - 1);
+  const leaps = trace.ended ? last : Math.ceil(last / 16) * 16;
+  if (node.dataset.n === String(leaps)) return;
+  node.dataset.n = leaps;
+  node.style.setProperty("--n", leaps);
 }
 
 const MOST_REFUSED = 2; // drafts shown at one place; the others are counted
@@ -138,7 +156,6 @@ export class TokensView {
   show(f, live) {
     const { tokens } = this.trace;
     for (let i = this.made.length; i < tokens.length; i += 1) this.#make(tokens[i]);
-    this.node.style.setProperty("--n", Math.max(1, this.trace.forwards.length - 1));
     if (!(live && this.f >= f - 1)) for (const entry of this.made) for (const node of entry.nodes) node.hidden = entry.f > f;
     for (let i = this.made.length - 1; i >= 0 && this.made[i].f >= Math.min(f, this.f) - 1; i -= 1) {
       for (const node of this.made[i].nodes) {

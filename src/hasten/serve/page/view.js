@@ -1,7 +1,7 @@
 /* How an answer came to be: figures, the tokens per forward, a scrubber over the passes, and the places themselves. */
 
 import { beforePaint, button, el, figure, fill } from "./dom.js";
-import { CanvasView, TokensView } from "./places.js";
+import { CanvasView, paintScale, TokensView } from "./places.js";
 import { Trace } from "./trace.js";
 
 const LEAST_SCALE = 4; // tokens that the chart's height stands for at least: one per forward looks like little
@@ -118,7 +118,7 @@ export class LiveView {
     const most = forwards.reduce((high, entry) => Math.max(high, entry.committed), 0);
     const high = Math.max(most, LEAST_SCALE);
     this.bars.setAttribute("viewBox", `0 0 ${Math.max(forwards.length, 16)} ${high}`);
-    this.bars.style.setProperty("--n", Math.max(1, forwards.length - 1));
+    paintScale(this.bars, this.trace);
     this.scale.textContent = `most: ${most}`;
     const sheet = document.getElementById("icons").content.getElementById("bar");
     while (this.bars.childElementCount < forwards.length * 2) {
