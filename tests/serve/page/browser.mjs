@@ -343,7 +343,7 @@ const scenarios = {
     await page.keyboard.press("ArrowRight");
     assert.notEqual(await page.locator("#trace .detail").innerText(), before);
     await page.keyboard.press("End");
-    assert.match(await page.locator("#trace .detail").innerText(), /forward 104/);
+    assert.match(await page.locator("#trace .detail").innerText(), /forward 103/);
   },
 
   async "the theme follows the system until it is chosen, and is remembered"(page) {

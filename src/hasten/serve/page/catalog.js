@@ -84,7 +84,7 @@ export class Catalog {
       fact("Plugs into", method.plugs_into),
       fact("Needs", method.needs.join(", ")),
       fact("Not together with", method.conflicts.join(", ")),
-      fact("Work", from),
+      fact("Published", from),
     );
     const spec = () => {
       const set = Object.entries(inputs).filter(([, input]) => input.value.trim()).map(([name, input]) => `${name}=${input.value.trim()}`);

@@ -105,7 +105,7 @@ export class CanvasView {
   #draw(at) {
     const cell = this.cells.get(at);
     const place = this.trace.at(at, this.f);
-    const text = place.state === "masked" ? "" : visible(place.piece);
+    const text = place.state === "masked" ? "" : visible(place.piece).trimStart();
     const sure = Number.isFinite(place.confidence) ? place.confidence.toFixed(2) : "1";
     const fresh = place.state === "final" && place.f === this.f;
     if (fresh) this.fresh.push(cell);
@@ -127,7 +127,7 @@ export class CanvasView {
     const where = `place ${at - this.trace.place.from + 1} of ${this.trace.place.to - this.trace.place.from}`;
     if (place.state === "masked") return `masked · ${where}`;
     const sure = `confidence ${figure.share(place.confidence)}`;
-    const how = place.state === "final" ? `committed in forward ${place.f + 1}${place.again ? ", after a revision" : ""}` : "a guess, may still change";
+    const how = place.state === "final" ? `committed in ${this.trace.name(place.f)}${place.again ? ", after a revision" : ""}` : "a guess, may still change";
     return `${quote(place.piece)} · ${where} · ${how} · ${sure}`;
   }
 }
@@ -174,16 +174,15 @@ export class TokensView {
     for (const draft of refused.slice(0, MOST_REFUSED)) {
       const text = draft.pieces.slice(0, 3).map(shown).join("");
       const more = draft.size > 1 ? `, ${draft.size} nodes` : "";
-      nodes.push(this.#chip("refused", text, draft.f, NaN, `${quote(draft.pieces.join(""))} · draft refused in forward ${draft.f + 1}${more}`));
+      nodes.push(this.#chip("refused", text, draft.f, NaN, `${quote(draft.pieces.join(""))} · draft refused in ${this.trace.name(draft.f)}${more}`));
     }
     if (refused.length > MOST_REFUSED) {
       const rest = refused.slice(MOST_REFUSED);
       const all = rest.map((draft) => quote(draft.pieces.join(""))).join(", ");
       nodes.push(this.#chip("refused more", `+${rest.length}`, rest[0].f, NaN, `${rest.length} more drafts refused here: ${all.slice(0, 300)}`));
     }
-    const prompt = this.trace.forwards[token.f]?.prompt;
-    const how = token.drafted ? "drafted and accepted" : prompt ? "from the pass that read the prompt" : "the model's own";
-    const words = `${quote(token.piece)} · position ${token.position} · forward ${token.f + 1} · ${how} · confidence ${figure.share(token.confidence)}`;
+    const how = token.drafted ? "drafted and accepted" : "the model's own";
+    const words = `${quote(token.piece)} · position ${token.position} · ${this.trace.name(token.f)} · ${how} · confidence ${figure.share(token.confidence)}`;
     nodes.push(this.#chip(token.drafted ? "kept" : "own", shown(token.piece).replace(/↵/g, "↵\n"), token.f, token.confidence, words));
     this.node.append(...nodes);
     this.made.push({ f: token.f, nodes });

@@ -138,6 +138,22 @@ export class Trace {
     return guess ? { state: "guess", ...guess } : { state: "masked" };
   }
 
+  /** What forward `f` is called: those that read the prompt come first and have no number. */
+  name(f) {
+    return this.forwards[f]?.prompt ? "prompt" : `forward ${f + 1 - this.#prompts()}`;
+  }
+
+  /** How many forwards have a number. */
+  numbered() {
+    return this.forwards.length - this.#prompts();
+  }
+
+  #prompts() {
+    let count = 0;
+    while (this.forwards[count]?.prompt) count += 1;
+    return count;
+  }
+
   /** How many places are final after forward `f`. */
   done(f) {
     if (this.kind === "causal") return this.tokens.filter((token) => token.f <= f).length;

@@ -54,6 +54,7 @@ export class LiveView {
     fill(this.body, this.places.node);
     this.detail.textContent = "Point at a token, or walk with the arrow keys.";
     this.drafts.hidden = trace.kind === "masked";
+    this.colour.querySelector("label").lastChild.data = trace.kind === "masked" ? "By step" : "By draft";
     fill(this.legend, legend(trace.kind));
     this.draw();
   }
@@ -78,7 +79,7 @@ export class LiveView {
     const last = trace.now;
     const f = this.f ?? last;
     this.content.toggleAttribute("data-moving", this.f !== null || !trace.ended);
-    const follow = this.f === null && !trace.ended && this.body.scrollHeight - this.body.scrollTop - this.body.clientHeight < FOLLOW_PX;
+    const follow = trace.kind === "causal" && this.f === null && !trace.ended && this.body.scrollHeight - this.body.scrollTop - this.body.clientHeight < FOLLOW_PX;
     this.places.show(f, this.f === null && this.shown >= 0 && this.shown <= last);
     if (follow) this.body.scrollTop = this.body.scrollHeight;
     else if (this.f !== null) this.#reveal();
@@ -89,7 +90,7 @@ export class LiveView {
     this.range.value = f;
     this.range.disabled = !trace.ended || last < 1;
     this.player.disabled = this.range.disabled;
-    const words = last < 0 ? "waiting" : `forward ${f + 1} of ${last + 1}`;
+    const words = last < 0 ? "waiting" : trace.forwards[f].prompt ? "prompt" : `${trace.name(f)} of ${trace.numbered()}`;
     this.where.textContent = words;
     this.range.setAttribute("aria-valuetext", `${words}, ${trace.done(f)} tokens`);
   }
@@ -143,7 +144,7 @@ export class LiveView {
     const entry = this.trace.forwards[i];
     if (!entry) return;
     const took = i > 0 ? entry.t - this.trace.forwards[i - 1].t : NaN;
-    const parts = [`forward ${i + 1}${entry.prompt ? " (prompt)" : ""}`, `${entry.committed} committed`];
+    const parts = [this.trace.name(i), `${entry.committed} committed`];
     if (entry.drafted) parts.push(`${entry.accepted} of ${entry.drafted} drafted accepted`);
     parts.push(`${figure.count(entry.tokens)} query tokens`);
     if (took > 0) parts.push(`${figure.count(Math.round(took * 1000))} ms after the one before`);
