@@ -106,7 +106,7 @@ def _route(scope: Scope) -> str:
 
 def _log(own: Account, verb: str, route: str, status: int, seconds: float, code: str, gone: bool) -> None:
     level = logging.ERROR if status >= 500 else logging.WARNING if status in (401, 403) else logging.INFO
-    level = logging.DEBUG if route in _QUIET and status != 401 else level
+    level = logging.DEBUG if route in _QUIET and status in (200, 503) else level
     if not _LOG.isEnabledFor(level):
         return
     facts = {

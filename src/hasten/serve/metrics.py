@@ -1,7 +1,7 @@
 """GET /metrics: what the server and its engines do, for Prometheus; every app has a registry of its own.
 
-`SPECS` is the whole list, docs/metrics.md is made from it. What a pass does is counted in the engine's thread as it happens,
-with the series of a model looked up once; gauges are read from the worker when somebody asks.
+`SPECS` is the whole list; docs/metrics.md is made from it. What a pass does is counted in the engine's thread at once, with
+the series of a model looked up before; gauges are read from the worker when somebody asks.
 """
 
 from __future__ import annotations
@@ -47,11 +47,12 @@ class Spec:
 
 
 _M = ("model",)
+_ABOUT = ("model", "kind", "family", "backbone", "dtype")
 SPECS = (
     Spec("hasten_step_seconds", "histogram", "Time of one turn of an engine: one pass over its rows.", _M, _FAST),
     Spec("hasten_batch_rows", "histogram", "Rows that one pass advanced together.", _M, _ROWS),
     Spec("hasten_forwards_total", "counter", "Passes of the target, counted once for every row in them.", _M),
-    Spec("hasten_committed_tokens_total", "counter", "Tokens committed, as it happens; of a canvas its unused end too.", _M),
+    Spec("hasten_committed_tokens_total", "counter", "Tokens committed, at once; of a canvas its unused end too.", _M),
     Spec("hasten_drafted_tokens_total", "counter", "Drafted tokens that the target was asked to verify.", _M),
     Spec("hasten_accepted_tokens_total", "counter", "Drafted tokens that the target accepted.", _M),
     Spec("hasten_completion_tokens_total", "counter", "Tokens of the answers that ended.", _M),
@@ -71,7 +72,7 @@ SPECS = (
     Spec("hasten_http_disconnects_total", "counter", "HTTP requests whose client left before the end."),
     Spec("hasten_errors_total", "counter", "Error answers, by their code.", ("code",)),
     Spec("hasten_state", "gauge", "1 for the state that the server is in.", ("state",), live=False),
-    Spec("hasten_model_info", "gauge", "1 for every loaded model.", ("model", "kind", "family", "backbone", "dtype"), live=False),
+    Spec("hasten_model_info", "gauge", "1 for every loaded model.", _ABOUT, live=False),
     Spec("hasten_rows_running", "gauge", "Rows that run now.", _M, live=False),
     Spec("hasten_requests_waiting", "gauge", "Requests that wait for rows or memory now.", _M, live=False),
     Spec("hasten_cache_used_bytes", "gauge", "Memory of the keys of rows, and of kept prefixes.", _M, live=False),

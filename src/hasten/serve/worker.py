@@ -284,10 +284,10 @@ class Worker:
         for other in self._seats.values():
             if not other.busy:  # who comes back later has saved nothing up
                 other.spent_s = max(other.spent_s, least)
-        self._deliver(seat, events)
         scheduler = seat.llm.engine.scheduler
-        for watch in self.observe:
+        for watch in self.observe:  # before anybody hears of the pass: who has an answer finds it counted
             watch(name, spent, events, len(scheduler.running), len(scheduler.waiting))
+        self._deliver(seat, events)
 
     def _deliver(self, seat: _Seat, events: Sequence[Event]) -> None:
         """Hand the events of a pass to those who wait for them, in one call into the event loop."""
