@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response
 from hasten.engine.limits import LIMITS
 from hasten.errors import ConfigError, IncompatibleError, out_of_range
 from hasten.serve import generation
+from hasten.serve.access import Account, account
 from hasten.serve.chat import Head
 from hasten.serve.generation import Job
 from hasten.serve.protocol import CompletionBody
@@ -36,7 +37,8 @@ async def complete(body: CompletionBody, request: Request) -> Response:
     worker, head = request.app.state.worker, Head(f"cmpl-{secrets.token_hex(12)}", int(time.time()), body.model)
     prompts = listed(body.prompt)
     if body.max_tokens == 0:
-        return JSONResponse(await generation.until_gone(request, scored(worker, body, prompts, head)))
+        work = scored(worker, body, prompts, head, account(request.scope))
+        return JSONResponse(await generation.until_gone(request, work))
     job = await generation.begin(
         worker,
         request,
@@ -53,8 +55,8 @@ async def complete(body: CompletionBody, request: Request) -> Response:
         outputs = await generation.until_gone(request, job.outputs())
         read: list[list[TokenLogprob]] = []
         if body.echo and body.logprobs is not None:
-            work = scores(worker, job.model, [one.prompt for one in job.requests], body.logprobs)
-            read = await generation.until_gone(request, work)
+            judged = scores(worker, job.model, [one.prompt for one in job.requests], body.logprobs)
+            read = await generation.until_gone(request, judged)
     finally:
         job.answer.cancel()
     choices = []
@@ -151,15 +153,15 @@ def room(llm: LLM, tokens: int) -> Generator[None, None, None]:
         yield
 
 
-async def scored(worker: Worker, body: CompletionBody, prompts: Sequence[Any], head: Head) -> dict[str, Any]:
+async def scored(worker: Worker, body: CompletionBody, prompts: Sequence[Any], head: Head, own: Account) -> dict[str, Any]:
     """The answer to max_tokens = 0: prompts echoed, with their log-probabilities where they are asked for."""
-    model = generation.resolve(worker, body.model)
+    model = own.model = generation.resolve(worker, body.model)
     llm = worker.llm(model)
     if body.n != 1 or body.stream or body.suffix is not None:
         raise ConfigError("max_tokens = 0 gives one answer, not streamed, without a suffix", field="max_tokens")
     made = await worker.prepare(lambda: [ids(llm, prompt) for prompt in prompts])
     read = await scores(worker, model, made, body.logprobs) if body.logprobs is not None else None
-    count = sum(map(len, made))
+    count = own.prompt_tokens = sum(map(len, made))
     return {
         **head.json("text_completion"),
         "choices": [

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from hasten.engine.limits import LIMITS
 from hasten.engine.scheduler import QueueFullError
@@ -93,6 +94,19 @@ def shape(status: int, message: str, *, param: str | None = None, code: str | No
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+class ErrorAnswer(Response):
+    """An error as a response, which leaves its `code` in the scope for the log and the metrics."""
+
+    def __init__(self, data: bytes, status: int, headers: Mapping[str, str], code: str | None) -> None:
+        super().__init__(data, status, headers, "application/json")
+        self._code = code
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI entry."""
+        scope["hasten.error"] = self._code or str(self.status_code)
+        await super().__call__(scope, receive, send)
+
+
 def answer(status: int, body: Mapping[str, Any], retry_s: float = 0.0) -> Response:
     """The response for an error body, at most `LIMITS.error_bytes` long."""
     inner = dict(body["error"])
@@ -107,7 +121,7 @@ def answer(status: int, body: Mapping[str, Any], retry_s: float = 0.0) -> Respon
     headers = {"Retry-After": str(max(1, round(retry_s)))} if retry_s else {}
     if status == 401:
         headers["WWW-Authenticate"] = 'Basic realm="hasten", charset="UTF-8"'
-    return Response(data, status, headers, "application/json")
+    return ErrorAnswer(data, status, headers, body["error"]["code"])
 
 
 def respond(error: BaseException) -> Response:
