@@ -28,7 +28,7 @@ async def embed(body: EmbeddingBody, request: Request) -> JSONResponse:
     worker, own = request.app.state.worker, account(request.scope)
     model = own.model = generation.resolve(worker, body.model)
     llm = worker.llm(model)
-    made = await worker.prepare(lambda: [ids(llm, text) for text in listed(body.input)])
+    made = await worker.prepare(lambda: [ids(llm, text, "input") for text in listed(body.input, "input")])
     own.prompt_tokens = sum(map(len, made))
     work = worker.call(model, lambda loaded: vectors(loaded, made, body))
     found = await generation.until_gone(request, work)
