@@ -117,6 +117,7 @@ class Engine:
             )
         if sampling.stop and self._decoder is None:
             raise ConfigError("stop strings need a tokenizer; this engine has none", hint="use stop_ids", field="stop")
+        Sampler(sampling, 0, prompt, caps.vocab_size)  # refuses ids outside the vocabulary now, not when admitted
         if caps.kind == "masked" or parts.canvas is not None or request.template is not None:
             return self._add_canvas(request, parts)
         draws = parts.drafter.draws if parts.drafter else "point"
@@ -131,7 +132,6 @@ class Engine:
                 field="temperature",
             )
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        Sampler(sampling, seed, prompt, caps.vocab_size)  # refuses ids outside the vocabulary now, not when admitted
         slack = parts.budget if parts.drafter is not None else 0
         limit = min(room, LIMITS.max_tokens) if sampling.max_tokens is None else sampling.max_tokens
         if sampling.max_tokens is None:  # no limit asked for: as much as the window and the cache hold
