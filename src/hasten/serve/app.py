@@ -14,7 +14,7 @@ from starlette.responses import Response
 from hasten import __version__
 from hasten.engine.limits import LIMITS
 from hasten.errors import HastenError
-from hasten.serve import chat, completions, embeddings, errors, metrics, models
+from hasten.serve import chat, completions, embeddings, errors, metrics, models, page
 from hasten.serve.access import Access
 from hasten.serve.metrics import Metrics
 from hasten.serve.security import Gate
@@ -37,7 +37,7 @@ def build_app(worker: Worker, settings: Settings, *, drain_s: float = LIMITS.dra
     app.state.worker = worker
     app.state.metrics = Metrics(worker)
     worker.observe.append(app.state.metrics.watch)
-    for part in (chat, completions, embeddings, models, metrics):
+    for part in (chat, completions, embeddings, models, metrics, page):
         app.include_router(part.router)
     app.add_exception_handler(HastenError, _fail)
     app.add_exception_handler(RequestValidationError, _malformed)
