@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 from hasten.engine.limits import LIMITS
 from hasten.errors import ConfigError, IncompatibleError, out_of_range
 from hasten.serve import generation
+from hasten.serve.access import Account, account
 from hasten.serve.chat import Head
 from hasten.serve.generation import Job
 from hasten.serve.protocol import CompletionBody
@@ -37,7 +38,8 @@ async def complete(body: CompletionBody, request: Request) -> Response:
     worker, head = request.app.state.worker, Head(f"cmpl-{secrets.token_hex(12)}", int(time.time()), body.model)
     prompts = listed(body.prompt)
     if body.max_tokens == 0:
-        return JSONResponse(await generation.until_gone(request, scored(worker, body, prompts, head)))
+        work = scored(worker, body, prompts, head, account(request.scope))
+        return JSONResponse(await generation.until_gone(request, work))
     job = await generation.begin(
         worker,
         request,
@@ -45,7 +47,7 @@ async def complete(body: CompletionBody, request: Request) -> Response:
         lambda llm: [ids(llm, prompt) for prompt in prompts],
         max_tokens=body.max_tokens,
         logprobs=body.logprobs,
-        grammar=generation.grammar(body, None),
+        form=generation.form(body, None),
         suffix=body.suffix,
     )
     if body.stream:
@@ -54,8 +56,8 @@ async def complete(body: CompletionBody, request: Request) -> Response:
         outputs = await generation.until_gone(request, job.outputs())
         read: list[list[TokenLogprob]] = []
         if body.echo and body.logprobs is not None:
-            work = scores(worker, job.model, [one.prompt for one in job.requests], body.logprobs)
-            read = await generation.until_gone(request, work)
+            judged = scores(worker, job.model, [one.prompt for one in job.requests], body.logprobs)
+            read = await generation.until_gone(request, judged)
     finally:
         job.answer.cancel()
     choices = []
@@ -154,18 +156,26 @@ async def scores(worker: Worker, model: str, prompts: Sequence[Sequence[int]], t
 def _judge(llm: LLM, prompt: Sequence[int], top: int) -> Generator[None, None, list[TokenLogprob]]:
     from hasten.scoring import judge
 
-    return judge(llm.model, llm.engine.scheduler.pool, prompt, 1, top)
+    yield from room(llm, len(prompt))
+    return (yield from judge(llm.model, llm.engine.scheduler.pool, prompt, 1, top))
 
 
-async def scored(worker: Worker, body: CompletionBody, prompts: Sequence[Any], head: Head) -> dict[str, Any]:
+def room(llm: LLM, tokens: int) -> Generator[None, None, None]:
+    """Wait, turn by turn, until the cache has room for a text that fits when others have ended."""
+    pool = llm.engine.scheduler.pool
+    while not pool.fits(tokens) and pool.could_ever_fit(tokens) and llm.engine.scheduler.running:
+        yield
+
+
+async def scored(worker: Worker, body: CompletionBody, prompts: Sequence[Any], head: Head, own: Account) -> dict[str, Any]:
     """The answer to max_tokens = 0: prompts echoed, with their log-probabilities where they are asked for."""
-    model = generation.resolve(worker, body.model)
+    model = own.model = generation.resolve(worker, body.model)
     llm = worker.llm(model)
     if body.n != 1 or body.stream or body.suffix is not None:
         raise ConfigError("max_tokens = 0 gives one answer, not streamed, without a suffix", field="max_tokens")
     made = await worker.prepare(lambda: [ids(llm, prompt) for prompt in prompts])
     read = await scores(worker, model, made, body.logprobs) if body.logprobs is not None else None
-    count = sum(map(len, made))
+    count = own.prompt_tokens = sum(map(len, made))
     return {
         **head.json("text_completion"),
         "choices": [

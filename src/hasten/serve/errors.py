@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from hasten.engine.limits import LIMITS
 from hasten.engine.scheduler import QueueFullError
 from hasten.errors import (
+    BusyError,
     ConfigError,
     ContextLengthError,
     FormatError,
@@ -54,6 +56,7 @@ _KINDS: tuple[tuple[type[HastenError], int, str], ...] = (
     (MissingExtraError, 400, "unsupported"),
     (MemoryFitError, 400, "does_not_fit"),
     (QueueFullError, 429, "queue_full"),
+    (BusyError, 503, "busy"),
     (UnavailableError, 503, "unavailable"),
 )
 
@@ -73,12 +76,9 @@ def describe(error: BaseException) -> tuple[int, dict[str, Any], float]:
     if isinstance(error, ApiError):
         status, code, retry_s = error.status, error.code, error.retry_s
     elif isinstance(error, HastenError):
-        if retry_s:
-            status, code = 503, "busy"
-        else:
-            found = next(((status, code) for kind, status, code in _KINDS if isinstance(error, kind)), None)
-            status, code = found or (500, "engine_error")
-            retry_s = 1.0 if status in (429, 503) else 0.0
+        found = next(((status, code) for kind, status, code in _KINDS if isinstance(error, kind)), None)
+        status, code = found or (500, "engine_error")
+        retry_s = (retry_s or 1.0) if status in (429, 503) else 0.0
     else:
         number = secrets.token_hex(6)
         _LOG.error("internal error %s", number, exc_info=error)
@@ -95,6 +95,19 @@ def shape(status: int, message: str, *, param: str | None = None, code: str | No
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+class ErrorAnswer(Response):
+    """An error as a response, which leaves its `code` in the scope for the log and the metrics."""
+
+    def __init__(self, data: bytes, status: int, headers: Mapping[str, str], code: str | None) -> None:
+        super().__init__(data, status, headers, "application/json")
+        self._code = code
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI entry."""
+        scope["hasten.error"] = self._code or str(self.status_code)
+        await super().__call__(scope, receive, send)
+
+
 def answer(status: int, body: Mapping[str, Any], retry_s: float = 0.0) -> Response:
     """The response for an error body, at most `LIMITS.error_bytes` long."""
     inner = dict(body["error"])
@@ -109,7 +122,7 @@ def answer(status: int, body: Mapping[str, Any], retry_s: float = 0.0) -> Respon
     headers = {"Retry-After": str(max(1, round(retry_s)))} if retry_s else {}
     if status == 401:
         headers["WWW-Authenticate"] = 'Basic realm="hasten", charset="UTF-8"'
-    return Response(data, status, headers, "application/json")
+    return ErrorAnswer(data, status, headers, body["error"]["code"])
 
 
 def respond(error: BaseException) -> Response:
