@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 from chat_model import write_model
-from served import CHAT, Served, load, serving, starting
+from official import CHAT, Served, load, serving
 
 from hasten.engine.limits import LIMITS
 
@@ -53,7 +53,12 @@ CASES: list[tuple[dict[str, Any], type[openai.APIStatusError], str | None, str |
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("how", "kind", "param", "code"), CASES)
 def test_what_is_refused(
-    server: Served, how: dict[str, Any], kind: type[openai.APIStatusError], param: str | None, code: str | None, stream: bool
+    server: Served,
+    how: dict[str, Any],
+    kind: type[openai.APIStatusError],
+    param: str | None,
+    code: str | None,
+    stream: bool,
 ) -> None:
     """Streamed or not: what is wrong with a request is said before a stream begins, with a status."""
     with pytest.raises(kind) as caught:
@@ -92,7 +97,11 @@ def test_completions_and_embeddings_say_what_is_wrong(server: Served) -> None:
         with pytest.raises(openai.BadRequestError) as caught:
             client.completions.create(model="tiny", **how)  # type: ignore[call-overload]
         assert caught.value.param == param, (how, caught.value.message)
-    for how, param in (({"input": ""}, "input"), ({"input": [999_999]}, "input"), ({"input": "x", "dimensions": 33}, "dimensions")):
+    for how, param in (
+        ({"input": ""}, "input"),
+        ({"input": [999_999]}, "input"),
+        ({"input": "x", "dimensions": 33}, "dimensions"),
+    ):
         with pytest.raises(openai.BadRequestError) as caught:
             client.embeddings.create(model="tiny", **how)  # type: ignore[arg-type]
         assert caught.value.param == param, (how, caught.value.message)
@@ -116,9 +125,9 @@ def test_other_routes_are_not_there(server: Served) -> None:
 def test_a_full_queue_is_answered_with_a_time_to_come_back(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Requests beyond rows and queue get 429 at once; the client's own retries bring them all home."""
     llm = load(write_model(tmp_path_factory.mktemp("small"), window=4096))
-    scheduler = llm.engine.scheduler
-    scheduler.max_rows, scheduler.max_queue = 1, 2
     with serving({"tiny": llm}) as running:
+        scheduler = llm.engine.scheduler
+        scheduler.max_rows, scheduler.max_queue = 1, 2
         how = {**HOW, "max_tokens": 1500, "temperature": 0}
 
         async def ask(client: openai.AsyncOpenAI, **more: Any) -> Any:
@@ -150,7 +159,7 @@ def test_a_server_that_still_loads_says_so(tmp_path_factory: pytest.TempPathFact
         go.wait(20)
         return load(folder)
 
-    with starting({"tiny": slowly}) as running:
+    with serving({"tiny": slowly}, loaded=False) as running:
         assert httpx.get(f"{running.base}/health").status_code == 503
         assert httpx.get(f"{running.base}/ready").status_code == 503
         with pytest.raises(openai.InternalServerError) as caught:
