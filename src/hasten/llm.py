@@ -69,8 +69,9 @@ def load(
     native or torch. Lossy, for the native stack: `activations` int8 (inputs of quantised matrices rounded to 8 bits),
     `cache` bfloat16 or int8 (keys and values), `weights` int8, int4 or int4-min (rounded to nearest).
     `threads`: CPU threads for this process (default: all). `cache_bytes`: KV cache (default: half of what is free after
-    loading). `serving`: refuse requests that free memory does not allow, for now; `prefix_cache`: keep keys of prompts for later ones that begin alike. `force`: load although the memory check
-    says it will not fit. `progress(what, done, total)` is called during downloads and loading.
+    loading). `serving`: refuse requests that free memory does not allow just now. `prefix_cache`: keep keys of prompts for
+    later ones that begin alike. `force`: load although the memory check says it will not fit. `progress(what, done, total)`
+    is called during downloads and loading.
     Raises UnknownNameError, DownloadError, FormatError, UnsupportedError, MemoryFitError, ConfigError.
     """
     import torch
