@@ -32,6 +32,7 @@ SCENARIOS = (
     "the catalog is searched as one types, and a method is tried",
     "the keyboard is enough",
     "the theme follows the system until it is chosen, and is remembered",
+    "without storage nothing is remembered and nothing breaks",
     "360 px are wide enough",
 )
 
