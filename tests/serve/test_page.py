@@ -181,6 +181,17 @@ def test_every_scenario_is_listed(browsed):
 
 
 @pytest.mark.slow
+def test_the_page_and_the_real_server_agree(tmp_path):
+    from chat_model import write_model
+    from served import load, serving
+
+    with serving({"tiny-chat": load(write_model(tmp_path)), "mini-dlm": load("mini-dlm")}) as served:
+        found = browse(f"{served.base}/", HASTEN_PAGE_REAL="1")
+    assert found == dict.fromkeys(found, "ok")
+    assert len(found) == 3
+
+
+@pytest.mark.slow
 def test_a_key_is_asked_for_in_the_browser():
     from page.fixture import FixtureServer
 

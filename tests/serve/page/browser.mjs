@@ -434,7 +434,68 @@ async function withKey(key) {
   return page;
 }
 
-const chosen = process.env.HASTEN_PAGE_KEY ? { "a key is asked for": () => withKey(process.env.HASTEN_PAGE_KEY) } : scenarios;
+/** Against hasten's own server, models mini-dlm and tiny-chat: what the page reads is what the server sends. */
+const real = {
+  async "the real server: a canvas fills"(page) {
+    await ready(page);
+    await masked(page);
+    await page.selectOption("#composer [data-setting=method]", "fast");
+    await ask(page, "sort: k a d b");
+    assert.equal(await answer(page).innerText(), "a b d k");
+    await frames(page);
+    assert.equal((await page.locator(".cell[data-state=final]").evaluateAll((all) => all.map((cell) => cell.textContent || "␣").join(""))).slice(0, 8), "a␣b␣d␣k■");
+    assert.match(await page.locator(".assistant .facts").innerText(), /factor \+ canvas-cache · .* tokens\/s/);
+    assert.match(await page.locator("#trace .sums").innerText(), /Forwards\s+[1-9]/);
+    await page.waitForSelector(".state[data-state=ready]");
+    assert.match(await page.locator("#status").innerText(), /\d running, 0 waiting[^]*mini-dlm masked diffusion · \w+ backbone · float32 · 3\.2 M parameters/);
+    const metrics = await page.request.get(`${origin}/metrics`);
+    assert.equal(metrics.status(), 200, await metrics.text());
+    await page.click("[data-opens=drawer]");
+    await page.selectOption("[data-setting=format]", "json_object");
+    await page.keyboard.press("Escape");
+    await ask(page, "sort: k a d b");
+    assert.match(await page.locator(".error").innerText(), /field response_format[^]*status 400/);
+  },
+
+  async "the real server: drafts are shown where they fell"(page) {
+    await ready(page);
+    await page.selectOption("#composer [data-setting=model]", "tiny-chat");
+    await page.selectOption("#composer [data-setting=method]", "prompt-lookup");
+    await page.click("[data-opens=drawer]");
+    await page.fill("[data-setting=max_tokens]", "60");
+    await page.keyboard.press("Escape");
+    await ask(page, "Why does the quick brown fox jump over the lazy dog?");
+    await frames(page);
+    assert.equal(await page.locator(".chip:not(.refused)").count(), 60);
+    const [, accepted, drafted] = /Drafts accepted\s+(?:(\d+) of (\d+)|no drafts)/.exec(await page.locator("#trace .sums").innerText());
+    assert.ok(Number(drafted) > 0, "a tiny model repeats itself, so prompt lookup drafts");
+    assert.equal(await page.locator(".chip.kept").count(), Number(accepted));
+    assert.match(await page.locator(".where").first().innerText(), /^forward (\d+) of \1$/);
+  },
+
+  async "the real server: a race, and an answer that is stopped"(page) {
+    await page.click("#tab-race");
+    await page.waitForFunction(() => document.querySelector(".lane select").value);
+    for (const lane of ["A", "B"]) await page.selectOption(`[aria-label="Model of lane ${lane}"]`, "mini-dlm");
+    await page.selectOption('[aria-label="Method of lane A"]', "fast");
+    await page.fill("#race-prompt", "sort: k a d b");
+    await page.click("#race-start");
+    await page.waitForSelector("#race-result h3");
+    assert.match(await page.locator("#race-result").innerText(), /The texts are the same/);
+    await page.click("#tab-chat");
+    await page.selectOption("#composer [data-setting=model]", "tiny-chat");
+    await page.click("[data-opens=drawer]");
+    await page.fill("[data-setting=max_tokens]", "400");
+    await page.keyboard.press("Escape");
+    await ask(page, "go on", false);
+    await page.waitForSelector(".chip");
+    await page.keyboard.press("Escape");
+    await ended(page);
+    await page.waitForFunction(async () => (await (await fetch("/ready")).json()).running === 0, null, { timeout: 5000 });
+  },
+};
+
+const chosen = process.env.HASTEN_PAGE_REAL ? real : process.env.HASTEN_PAGE_KEY ? { "a key is asked for": () => withKey(process.env.HASTEN_PAGE_KEY) } : scenarios;
 const results = {};
 for (const [name, scenario] of Object.entries(chosen)) {
   let page = null;
