@@ -32,6 +32,10 @@ _SAMPLING = tuple(f.name for f in fields(SamplingParams))
 class Grammars(Protocol):
     """What compiles grammars (logits/grammar.py)."""
 
+    def grammar_counts(self) -> Any:
+        """What grammars have cost this model so far (logits.grammar.Counts); None before the first one."""
+        return None if self._grammars is None else self._grammars.counts()
+
     def compile(self, grammar: Grammar) -> LogitsRule:
         """The rule of a grammar."""
 
@@ -310,6 +314,10 @@ class LLM:
                     Grammars, registry.build("grammar", MethodContext(self.name, self.model, self.tokenizer))
                 )
             return self._grammars
+
+    def grammar_counts(self) -> Any:
+        """What grammars have cost this model so far (logits.grammar.Counts); None before the first one."""
+        return None if self._grammars is None else self._grammars.counts()
 
     def compile(self, grammar: Grammar) -> LogitsRule:
         """The logit rule of a grammar, for `Parts.rules`; safe from any thread, beside a running engine.

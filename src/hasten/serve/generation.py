@@ -259,7 +259,7 @@ def usage_json(requests: Sequence[Request], outputs: Sequence[Output]) -> dict[s
     """Token counts of a whole answer: every prompt once, every choice's tokens."""
     prompt = sum(len(request.prompt) for request in requests)
     completion = sum(output.usage.completion_tokens for output in outputs)
-    cached = sum(getattr(output.usage, "cached_tokens", 0) for output in outputs)
+    cached = sum(output.usage.cached_tokens for output in outputs)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
