@@ -233,6 +233,7 @@ class Worker:
             for name, source in self._sources.items():
                 started = time.perf_counter()
                 seat = _Seat(source() if callable(source) else source)
+                seat.llm.engine.scheduler.max_queue = LIMITS.served_queue
                 with contextlib.suppress(IncompatibleError):  # the vocabulary of grammars, so that no request waits for it
                     _ = seat.llm.grammars
                 self._seats[name] = seat
