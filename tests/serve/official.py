@@ -60,9 +60,9 @@ def serving(models: Mapping[str, Any], *, loaded: bool = True, **settings: Any) 
         own.until(lambda: running.worker.load() == (0, 0), "no rows left behind")
 
 
-def load(folder: str | Path) -> LLM:
+def load(folder: str | Path, **options: Any) -> LLM:
     """A model with a small cache."""
-    return hasten.load(folder, cache_bytes=CACHE)
+    return hasten.load(folder, cache_bytes=CACHE, **options)
 
 
 def with_end(folder: Path, token: int) -> Path:
