@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -69,8 +68,6 @@ def serve(
         "threads": threads, "force": force, "prefix_cache": prefix_cache,
     }  # fmt: skip
     sources = named(models, aliases, options)
-    if not settings.loopback and not settings.keys:
-        print("warning: everybody who can reach this machine can use the server (--i-know)", file=sys.stderr)
     run(sources, settings, log_level=log_level, log_json=log_json)
 
 
@@ -82,7 +79,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _keys(path: Path | None) -> tuple[str, ...]:
-    """Keys of the environment and of the file; raises ConfigError when the file holds none or others can read it."""
+    """Keys of the environment and of the file; raises ConfigError when the file holds none."""
     keys = [os.environ["HASTEN_KEY"]] if os.environ.get("HASTEN_KEY") else []
     if path is not None:
         try:

@@ -13,6 +13,7 @@ from starlette.requests import Request as HttpRequest
 
 from hasten.engine.limits import LIMITS
 from hasten.errors import ConfigError, IncompatibleError, UnknownNameError, out_of_range
+from hasten.serve.access import Account, account
 from hasten.serve.errors import ApiError
 from hasten.serve.protocol import Extension, Sampling
 from hasten.serve.tools import Offer, tool_grammar
@@ -35,6 +36,7 @@ class Job:
     answer: Answer
     requests: tuple[Request, ...]
     method: tuple[str, ...]
+    account: Account
 
     @property
     def choices(self) -> int:
@@ -52,6 +54,8 @@ class Job:
                 by_choice.setdefault(event.choice, []).append(event)
             for choice, own in by_choice.items():
                 for event in own:
+                    if event.output is not None:
+                        self.account.ended(event.output)
                     failed(event)
                 yield request * self.choices + choice, own
 
@@ -102,7 +106,8 @@ async def begin(
 
     Raises ApiError (404) and whatever the parts of a request are refused with.
     """
-    model = resolve(worker, body.model)
+    own = account(http.scope)
+    model = own.model = resolve(worker, body.model)
     llm = worker.llm(model)
     names = methods(body.hasten.method) or worker.settings.method
     parts = await worker.call(model, lambda loaded: loaded.parts(names))
@@ -131,8 +136,9 @@ async def begin(
         return tuple(out)
 
     made = await worker.prepare(requests)
+    own.method, own.prompt_tokens = names, sum(len(one.prompt) for one in made)
     answer = await worker.submit(model, [(one, parts) for one in made], provisional=body.hasten.provisional)
-    return Job(model, llm, answer, made, names)
+    return Job(model, llm, answer, made, names, own)
 
 
 def methods(given: str | Sequence[str]) -> tuple[str, ...]:
