@@ -196,7 +196,7 @@ class _Series:
         self._choices.labels(self._model, output.finish_reason).inc()
         own["completion_tokens_total"].inc(usage.completion_tokens)
         if event.choice == 0:
-            cached = getattr(usage, "cached_tokens", 0)
+            cached = usage.cached_tokens
             own["prompt_tokens_total"].inc(usage.prompt_tokens)
             own["cached_tokens_total"].inc(cached)
             own["prefix_hits_total"].inc(cached > 0)
@@ -215,16 +215,16 @@ class _Series:
 def _now(llm: LLM) -> dict[str, float]:
     """Gauges of one model."""
     scheduler, pool = llm.engine.scheduler, llm.engine.scheduler.pool
-    grammars = getattr(llm, "grammars", None)
+    grammars = llm.grammar_counts()
     return {
         "hasten_rows_running": len(scheduler.running),
         "hasten_requests_waiting": len(scheduler.waiting),
         "hasten_cache_used_bytes": pool.used_bytes,
         "hasten_cache_budget_bytes": pool.budget_bytes,
-        "hasten_prefix_bytes": getattr(getattr(llm.engine, "prefix", None), "nbytes", 0),
+        "hasten_prefix_bytes": 0 if llm.engine.prefix is None else llm.engine.prefix.nbytes,
         "hasten_grammar_compile_seconds_total": getattr(grammars, "compile_s", 0.0),
         "hasten_grammar_mask_seconds_total": getattr(grammars, "mask_s", 0.0),
-        "hasten_grammar_cache_bytes": getattr(grammars, "nbytes", 0),
+        "hasten_grammar_cache_bytes": getattr(grammars, "kept_bytes", 0),
     }
 
 

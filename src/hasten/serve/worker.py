@@ -7,6 +7,7 @@ chunk of a call that waits (embeddings, scores), and hands events over. An abort
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import secrets
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from hasten.engine.limits import LIMITS
-from hasten.errors import HastenError, unknown_name
+from hasten.errors import HastenError, IncompatibleError, unknown_name
 from hasten.serve.settings import Settings
 
 if TYPE_CHECKING:
@@ -233,6 +234,8 @@ class Worker:
                 started = time.perf_counter()
                 seat = _Seat(source() if callable(source) else source)
                 seat.llm.engine.scheduler.max_queue = LIMITS.served_queue
+                with contextlib.suppress(IncompatibleError):  # the vocabulary of grammars, so that no request waits for it
+                    _ = seat.llm.grammars
                 self._seats[name] = seat
                 _LOG.info("model loaded", extra={"model": name, "seconds": round(time.perf_counter() - started, 2)})
             self._begun.set()
