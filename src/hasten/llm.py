@@ -50,6 +50,7 @@ def load(
     weights: str = "stored",
     threads: int | None = None,
     cache_bytes: int | None = None,
+    serving: bool = False,
     force: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> LLM:
@@ -59,8 +60,10 @@ def load(
     native or torch. Lossy, for the native stack: `activations` int8 (inputs of quantised matrices rounded to 8 bits),
     `cache` bfloat16 or int8 (keys and values), `weights` int8, int4 or int4-min (rounded to nearest).
     `threads`: CPU threads for this process (default: all). `cache_bytes`: KV cache (default: half of what is free after
-    loading). `force`: load although the memory check says it will not fit. `progress(what, done, total)` is called during
-    downloads and loading.
+    loading). `serving`: for many requests of people who do not know one another - keeps the keys of finished prompts for
+    those that begin alike (limits.prefix_share of the cache), and refuses with BusyError what is too much for the memory
+    that is free at the moment. `force`: load although the memory check says it will not fit. `progress(what, done, total)`
+    is called during downloads and loading.
     Raises UnknownNameError, DownloadError, FormatError, UnsupportedError, MemoryFitError, ConfigError.
     """
     import torch
@@ -77,7 +80,7 @@ def load(
         library.set_threads(min(torch.get_num_threads(), 256))
     loaded = load_model(model, progress=progress, force=force, **how)
     loaded.model.pack()
-    return LLM(loaded, name=str(model), cache_bytes=cache_bytes)
+    return LLM(loaded, name=str(model), cache_bytes=cache_bytes, serving=serving)
 
 
 class LLM:
@@ -86,7 +89,7 @@ class LLM:
     Sampling keywords everywhere are the fields of SamplingParams; unknown ones are refused by name.
     """
 
-    def __init__(self, loaded: Loaded, name: str, cache_bytes: int | None = None) -> None:
+    def __init__(self, loaded: Loaded, name: str, cache_bytes: int | None = None, serving: bool = False) -> None:
         from hasten.engine.engine import Engine
         from hasten.models.memory import available_bytes
 
@@ -100,10 +103,14 @@ class LLM:
             cache_bytes = int(available_bytes() * LIMITS.cache_share)
         elif isinstance(cache_bytes, bool) or not isinstance(cache_bytes, int) or cache_bytes < 1:
             raise out_of_range("cache_bytes", cache_bytes, "a positive number of bytes")
+        share = int(cache_bytes * LIMITS.prefix_share) if serving else 0
         self.engine = Engine(
             self.model,
             cache_bytes=cache_bytes,
             decoder=None if self.tokenizer is None else self.tokenizer.stream,
+            prefix_bytes=share,
+            identity=_identity(loaded) if share else "",
+            available=available_bytes if serving else None,
         )
         self._parts: dict[tuple[str, ...], Parts] = {}
 
@@ -171,14 +178,14 @@ class LLM:
 
         results = self.engine.run(requests, watch)
         if failures:
-            raise HastenError(failures[0], hint="check the model file; try dtype='float32'")
+            raise HastenError(failures[0], hint=_hint(failures[0]))
         return results
 
     def _events(self, request: Request, parts: Parts) -> Iterator[Event]:
         for event in self.engine.stream(request, parts):
             yield event
             if event.kind == "error":
-                raise HastenError(event.text, hint="check the model file; try dtype='float32'")
+                raise HastenError(event.text, hint=_hint(event.text))
 
     def _request(
         self, ids: Sequence[int], method: str | Sequence[str], sampling: Mapping[str, Any], prompt: Prompt = ""
@@ -219,8 +226,10 @@ class LLM:
         return self._parts[names]
 
     def forget(self) -> None:
-        """Drop every method built so far with what it has learnt; the next request starts cold. Nothing may be running."""
+        """Drop every method built so far with what it has learnt, and every prompt that is kept; the next request starts
+        cold. Nothing may be running."""
         self._parts.clear()
+        self.engine.scheduler.pool.shrink()
 
     def _auto(self) -> tuple[str, ...]:
         """What "auto" drafts with: what needs no training, and what was counted or trained for this model."""
@@ -432,6 +441,19 @@ class LLM:
             "threads": torch.get_num_threads(),
             "backbone": self.model.name,
         }
+
+
+def _identity(loaded: Loaded) -> str:
+    """What tells this model from any other, and from itself with other rounding."""
+    weights = getattr(loaded.model, "weights", None)
+    layouts = [] if weights is None else sorted({str(matrix.layout) for matrix in weights.matrices.values()})
+    activations = getattr(loaded.model, "activations", "exact")
+    return f"{loaded.source} {loaded.dtype} {loaded.bytes} {activations} {layouts}"
+
+
+def _hint(failure: str) -> str:
+    """The way out of what ended a row."""
+    return "check the model file; try dtype='float32'" if "not finite" in failure else ""
 
 
 def _check_needs(card: MethodCard, model: str, capabilities: Capabilities) -> None:
