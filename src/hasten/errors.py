@@ -55,6 +55,10 @@ class UnsupportedError(HastenError):
     """The input is well formed but asks for something this version of hasten does not do."""
 
 
+class RuleError(HastenError):
+    """A logit rule cannot decide a token: the request that asked for it ends, and no other is touched."""
+
+
 class MemoryFitError(HastenError):
     """Loading or admitting this would not fit into memory; the message carries the numbers in bytes."""
 

@@ -5,6 +5,7 @@ Everything here is frozen, standard-library only and safe to share between threa
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -137,10 +138,11 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """What an answer must look like: `source` is a JSON schema (JSON text), a regex, a Lark grammar or a JSON list of choices.
+    """What an answer must look like.
 
-    "json_object" is any JSON object, its source empty. Made and checked by `hasten.logits.grammar`; refused there by the
-    JSON path of what is not supported. Equal grammars are compiled once.
+    `source` is a JSON schema (as JSON text), a regex, a Lark grammar or a JSON list of choices; "json_object" is any JSON
+    object, its source empty. Made by the methods named after the kinds; compiled and checked by `hasten.logits.grammar`,
+    which refuses by its JSON path what is not supported. Equal grammars are compiled once.
     """
 
     kind: GrammarKind
@@ -153,6 +155,41 @@ class Grammar:
             raise out_of_range("grammar.source", self.source, "text, and empty for json_object only")
         if len(self.source.encode("utf-8", "replace")) > LIMITS.grammar_bytes:
             raise out_of_range("grammar.source", f"{len(self.source)} characters", f"at most {LIMITS.grammar_bytes} bytes")
+
+    @classmethod
+    def json_schema(cls, schema: Mapping[str, Any] | bool | str) -> Grammar:
+        """JSON that is valid under `schema`: a mapping, or its JSON text; properties are written in the schema's order."""
+        return cls("json_schema", schema if isinstance(schema, str) else _json("schema", schema))
+
+    @classmethod
+    def json_object(cls) -> Grammar:
+        """Any JSON object."""
+        return cls("json_object")
+
+    @classmethod
+    def regex(cls, pattern: str) -> Grammar:
+        """A text that matches `pattern` as a whole."""
+        return cls("regex", pattern)
+
+    @classmethod
+    def lark(cls, source: str) -> Grammar:
+        """A sentence of a Lark grammar; its first rule is named start."""
+        return cls("lark", source)
+
+    @classmethod
+    def choice(cls, choices: Sequence[str]) -> Grammar:
+        """One of `choices`."""
+        if isinstance(choices, (str, bytes)) or not isinstance(choices, Sequence):
+            raise out_of_range("grammar.choice", choices, "a list of strings")
+        return cls("choice", _json("choice", list(choices)))
+
+
+def _json(name: str, value: object) -> str:
+    """`value` as JSON text; raises ConfigError when it is none."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"grammar.{name} is not JSON: {str(error)[:120]}", field="grammar") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,13 +258,18 @@ class Usage:
 
     @property
     def tokens_per_forward(self) -> float:
-        """Block efficiency: committed tokens per target pass, the prompt's own pass and token excluded."""
-        return (self.completion_tokens - 1) / self.forwards if self.forwards else 0.0
+        """Block efficiency: committed tokens per target pass, without the pass that reads a prompt and its token."""
+        return self.decoded / self.forwards if self.forwards else 0.0
 
     @property
     def tokens_per_s(self) -> float:
         """Tokens per second of decoding, from the first token on (reading the prompt excluded)."""
-        return (self.completion_tokens - 1) / self.decode_s if self.decode_s > 0 else 0.0
+        return self.decoded / self.decode_s if self.decode_s > 0 else 0.0
+
+    @property
+    def decoded(self) -> int:
+        """Tokens of decoding passes: all but the prompt's own one, which a canvas does not have."""
+        return max(0, self.completion_tokens - (self.prefill_s > 0))
 
 
 @dataclass(frozen=True, slots=True)

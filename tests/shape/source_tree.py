@@ -19,9 +19,10 @@ RANKS = {
     **dict.fromkeys(("engine", "worlds"), 1),
     **dict.fromkeys(("kernels", "union", "policy", "scoring"), 2),
     "models": 3,
-    **dict.fromkeys(("llm", *METHOD_FOLDERS), 4),
-    **dict.fromkeys(("train", "bench", "serve"), 5),
-    "cli": 6,
+    "combine": 4,
+    **dict.fromkeys(("llm", *METHOD_FOLDERS), 5),
+    **dict.fromkeys(("train", "bench", "serve"), 6),
+    "cli": 7,
 }  # an import goes to a lower rank or stays in its own part; rank 0 is one part
 ONLY_IN = {
     "transformers": ("models.hf", "bench.peers"),
@@ -45,8 +46,8 @@ BANNED_CALLS = frozenset(
     )
 )
 BANNED_WORDS = frozenset(("trust_remote_code", "allow_pickle"))
-# Libraries that raise bare Exception for bad input, what must not end other requests' rows, and the command's last line of
-# defence: (file, function).
+# Libraries that raise bare Exception for bad input, what must not end other requests' rows, and last lines of defence:
+# the command's, the server's threads'.
 BROAD_EXCEPTS = frozenset(
     (
         ("failure.py", "contained"),
@@ -56,6 +57,13 @@ BROAD_EXCEPTS = frozenset(
         ("models/hf.py", "load_adapted"),
         ("models/hf.py", "_probe"),
         ("cli/__init__.py", "main"),
+        ("serve/access.py", "__call__"),
+        ("serve/worker.py", "_run"),
+        ("serve/worker.py", "_turn"),
+        ("serve/worker.py", "_add"),
+        ("serve/worker.py", "_call"),
+        ("serve/worker.py", "_advance"),
+        ("serve/sse.py", "_send"),
     )
 )
 

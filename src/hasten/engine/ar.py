@@ -20,6 +20,7 @@ from hasten.engine.rows import Row, Turn
 from hasten.engine.sampling import token_logprob
 from hasten.engine.trace import Trace
 from hasten.engine.verify import check_draft, check_law, depths, verify
+from hasten.errors import RuleError
 from hasten.failure import contained
 
 
@@ -162,7 +163,7 @@ class AutoregressiveLoop:
                 continue
             forced = row.sampler.forced() if row.sampler.rules else ()
             if forced:
-                chain = forced[: max(0, row.remaining - 1)]
+                chain = tuple(forced[: max(0, min(row.remaining - 1, LIMITS.draft_nodes))])
                 turn.draft = Draft(chain, tuple(range(-1, len(chain) - 1)))
             elif row.drafter is not None and row.remaining > 1:
                 asked.setdefault(id(row.drafter), (row.drafter, []))[1].append(turn)
@@ -222,7 +223,7 @@ class AutoregressiveLoop:
             best, broken = top.indices.tolist(), not all(math.isfinite(value) for value in top.values.tolist())
         if broken:
             row.cache.advance(turn.count)
-            row.end("error", "the model produced logits that are not finite")
+            row.end("error", "the model produced logits that are not finite (check the model file; try dtype='float32')")
             return None
         first_pass = row.first_s == 0.0
         if first_pass:
@@ -232,7 +233,12 @@ class AutoregressiveLoop:
         self._emit(row, "forward", total=turn.count + len(turn.draft), backbone=done.backbone)
         position = len(row.tokens)
         draws = row.drafter.draws if row.drafter is not None and turn.draft.q is not None else "point"
-        verdict = verify(row.law, logits, turn.draft, row.sampler, position, draws, best)
+        try:
+            verdict = verify(row.law, logits, turn.draft, row.sampler, position, draws, best)
+        except RuleError as error:  # this row ends; the others of the pass go on
+            row.cache.advance(turn.count)
+            row.end("error", str(error))
+            return None
         chosen = [0, *(node + 1 for node in verdict.path)]
         if done.log_sum_exp is not None:
             lse = {node: done.log_sum_exp[first + node] for node in chosen}
