@@ -323,9 +323,10 @@ class LLM:
         return self.grammars.compile(grammar)
 
     def forget(self) -> None:
-        """Drop every method built so far with what it has learnt, and the prompts that are kept; the next request starts cold.
+        """Drop every method built so far with what it has learnt, and kept prompts: the next request starts cold.
 
-        Nothing may be running."""
+        Nothing may be running.
+        """
         self._parts.clear()
         self.engine.scheduler.pool.shrink()
 
