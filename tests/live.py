@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
+from chat_model import write_model
 
 from hasten.serve.app import build_app
 from hasten.serve.run import Server, config
@@ -89,6 +92,14 @@ def serving(models: Mapping[str, Any], settings: Settings | None = None) -> Iter
         thread.join(20)
         listener.close()
     assert not thread.is_alive()
+
+
+def ended_model(folder: Path) -> Path:
+    """A tiny chat model whose answers can end, as grammars need it."""
+    write_model(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": 1}))
+    return folder
 
 
 def rows(served: Served) -> int:
