@@ -126,9 +126,9 @@ def test_a_stream_is_one_line_at_its_end(server, caplog):
 
 def test_a_client_that_leaves_is_told_apart(server, caplog):
     caplog.set_level(logging.INFO, "hasten")
-    with server.client(KEY) as client:
-        with client.stream("POST", "/v1/chat/completions", json=chat(max_tokens=400, stream=True)) as stream:
-            next(stream.iter_lines())
+    body = chat(max_tokens=400, stream=True)
+    with server.client(KEY) as client, client.stream("POST", "/v1/chat/completions", json=body) as stream:
+        next(stream.iter_lines())
     [entry] = entries(caplog)
     assert entry["gone"] is True
     assert "finish" not in entry

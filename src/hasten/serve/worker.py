@@ -156,8 +156,7 @@ class Worker:
         Raises UnavailableError while the server loads, drains or has stopped.
         """
         if self.state != "ready":
-            why = {"loading": "is loading its models", "draining": "is shutting down"}.get(self.state, "has stopped")
-            raise UnavailableError(f"the server {why}", hint="try again later")
+            raise self._unavailable()
         return self._seats[model].llm
 
     async def prepare(self, function: Callable[..., Any], *given: Any) -> Any:
@@ -222,7 +221,11 @@ class Worker:
         with self._leaving:
             self._take(wait=False)
             for seat in self._seats.values():
-                self._fail(seat, UnavailableError("the server has stopped", hint="try again later"))
+                self._fail(seat, self._unavailable())
+
+    def _unavailable(self) -> UnavailableError:
+        why = {"loading": "is loading its models", "draining": "is shutting down"}.get(self.state, "has stopped")
+        return UnavailableError(f"the server {why}", hint="try again later")
 
     # --- in the engine's thread ---
 
@@ -320,6 +323,8 @@ class Worker:
         engine = seat.llm.engine
         ids: list[int] = []
         try:
+            if self.state == "stopped":
+                raise self._unavailable()
             answer.waiting = len(engine.scheduler.waiting)
             for request, parts in jobs:
                 ids.append(engine.add(request, parts))
@@ -353,6 +358,8 @@ class Worker:
             return
         seat = self._seats[model]
         try:
+            if self.state == "stopped":
+                raise self._unavailable()
             result = function(seat.llm)
         except Exception as error:  # noqa: BLE001 - goes to who asked
             self._settle(future, error)
