@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from hasten import registry
 from hasten.engine.limits import LIMITS
 from hasten.errors import ConfigError, HastenError, IncompatibleError, out_of_range, unknown_name
-from hasten.types import Event, MethodCard, Output, Request, SamplingParams
+from hasten.types import Event, Grammar, Output, Request, SamplingParams
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hasten.engine.contracts import Capabilities, MethodContext
+    from hasten.budget import PassCost
+    from hasten.engine.contracts import LogitsRule
     from hasten.engine.engine import Parts
     from hasten.models.load import Loaded
-    from hasten.policy import Policy
 
-T = TypeVar("T")
 Prompt = str | Sequence[int]
 Message = Mapping[str, object]
-AUTO: tuple[str, ...] = ("prompt-lookup", "token-recycling")  # what "auto" drafts with: exact, untrained, any causal model
-TRAINED = ("aded", "fspad")  # and with those of these that were made for the model
-# On the native stack only the first of each: beside its short passes the others take longer than they save (bench/spec.py).
+Form = Grammar | Mapping[str, Any]  # a mapping is a JSON schema
 _SLOT = re.compile(r"<mask:(\d{1,7})>")
 _SAMPLING = tuple(f.name for f in fields(SamplingParams))
+
+
+class Grammars(Protocol):
+    """What compiles grammars (logits/grammar.py)."""
+
+    def compile(self, grammar: Grammar) -> LogitsRule:
+        """The rule of a grammar."""
+
+    def counts(self) -> Any:
+        """What was spent: numbers of grammars and masks, and seconds (logits.grammar.Counts)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +58,8 @@ def load(
     weights: str = "stored",
     threads: int | None = None,
     cache_bytes: int | None = None,
+    serving: bool = False,
+    prefix_cache: bool = False,
     force: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> LLM:
@@ -60,8 +69,9 @@ def load(
     native or torch. Lossy, for the native stack: `activations` int8 (inputs of quantised matrices rounded to 8 bits),
     `cache` bfloat16 or int8 (keys and values), `weights` int8, int4 or int4-min (rounded to nearest).
     `threads`: CPU threads for this process (default: all). `cache_bytes`: KV cache (default: half of what is free after
-    loading). `force`: load although the memory check says it will not fit. `progress(what, done, total)` is called during
-    downloads and loading.
+    loading). `serving`: for many users at once - a shorter queue, and requests that free memory does not allow are refused
+    for now; `prefix_cache`: keep keys of prompts for later ones that begin alike. `force`: load although the memory check
+    says it will not fit. `progress(what, done, total)` is called during downloads and loading.
     Raises UnknownNameError, DownloadError, FormatError, UnsupportedError, MemoryFitError, ConfigError.
     """
     import torch
@@ -78,7 +88,7 @@ def load(
         library.set_threads(min(torch.get_num_threads(), 256))
     loaded = load_model(model, progress=progress, force=force, **how)
     loaded.model.pack()
-    return LLM(loaded, name=str(model), cache_bytes=cache_bytes)
+    return LLM(loaded, name=str(model), cache_bytes=cache_bytes, serving=serving, prefix_cache=prefix_cache)
 
 
 class LLM:
@@ -87,7 +97,15 @@ class LLM:
     Sampling keywords everywhere are the fields of SamplingParams; unknown ones are refused by name.
     """
 
-    def __init__(self, loaded: Loaded, name: str, cache_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        loaded: Loaded,
+        name: str,
+        cache_bytes: int | None = None,
+        *,
+        serving: bool = False,
+        prefix_cache: bool = False,
+    ) -> None:
         from hasten.engine.engine import Engine
         from hasten.models.memory import available_bytes
 
@@ -105,39 +123,67 @@ class LLM:
             self.model,
             cache_bytes=cache_bytes,
             decoder=None if self.tokenizer is None else self.tokenizer.stream,
+            queue=LIMITS.served_queue if serving else LIMITS.queue,
+            prefix_bytes=int(cache_bytes * LIMITS.prefix_share) if prefix_cache else 0,
+            identity=f"{loaded.source} {loaded.dtype}",
+            available=available_bytes if serving else None,
         )
         self._parts: dict[tuple[str, ...], Parts] = {}
+        self._grammars: Grammars | None = None
+        self._lock = threading.Lock()
 
     # --- generation ---
 
-    def generate(self, prompt: Prompt | Sequence[Prompt], *, method: str | Sequence[str] = "auto", **sampling: Any) -> Any:
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        method: str | Sequence[str] = "auto",
+        grammar: Form | None = None,
+        **sampling: Any,
+    ) -> Any:
         """Continue `prompt` (text or token ids): an Output; a list of Outputs when n > 1 or for a list of prompts
         (a list of lists for both). Prompts of a list run together and do not influence one another.
 
         `method`: "auto" (exact methods only), "plain", a slug ("prompt-lookup", with settings "prompt-lookup:nodes=4"),
-        or a list of them. Raises ConfigError naming the field, ContextLengthError, MemoryFitError.
+        or a list of them. `grammar`: the form of the answer, a Grammar, or a JSON schema as a mapping.
+        Raises ConfigError naming the field, ContextLengthError, MemoryFitError.
         """
         many = not isinstance(prompt, str) and len(prompt) > 0 and not isinstance(prompt[0], int)
         prompts: Sequence[Prompt] = prompt if many else [prompt]  # type: ignore[list-item, assignment]
-        requests = [self._request(self._ids(one), method, sampling, one) for one in prompts]
+        requests = [self._request(self._ids(one), method, sampling, one, grammar) for one in prompts]
         outputs = [outs[0] if len(outs) == 1 else outs for outs in self._run(requests)]
         return outputs if many else outputs[0]
 
-    def stream(self, prompt: Prompt, *, method: str | Sequence[str] = "auto", **sampling: Any) -> Iterator[Event]:
+    def stream(
+        self, prompt: Prompt, *, method: str | Sequence[str] = "auto", grammar: Form | None = None, **sampling: Any
+    ) -> Iterator[Event]:
         """The trace events of one request as they happen; closing the iterator aborts it."""
-        request, parts = self._request(self._ids(prompt), method, sampling, prompt)
+        request, parts = self._request(self._ids(prompt), method, sampling, prompt, grammar)
         return self._events(request, parts)
 
-    def chat(self, messages: Sequence[Message], *, method: str | Sequence[str] = "auto", **sampling: Any) -> Any:
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        method: str | Sequence[str] = "auto",
+        grammar: Form | None = None,
+        **sampling: Any,
+    ) -> Any:
         """The assistant's next message for `messages` ({"role", "content"}), through the model's chat template."""
-        outs = self._run([self._request(self.chat_ids(messages), method, sampling)])[0]
+        outs = self._run([self._request(self.chat_ids(messages), method, sampling, grammar=grammar)])[0]
         return outs[0] if len(outs) == 1 else outs
 
     def chat_stream(
-        self, messages: Sequence[Message], *, method: str | Sequence[str] = "auto", **sampling: Any
+        self,
+        messages: Sequence[Message],
+        *,
+        method: str | Sequence[str] = "auto",
+        grammar: Form | None = None,
+        **sampling: Any,
     ) -> Iterator[Event]:
         """As `stream`, for chat messages."""
-        request, parts = self._request(self.chat_ids(messages), method, sampling)
+        request, parts = self._request(self.chat_ids(messages), method, sampling, grammar=grammar)
         return self._events(request, parts)
 
     def fill(self, text: str, *, method: str | Sequence[str] = "auto", **sampling: Any) -> Output:
@@ -172,24 +218,33 @@ class LLM:
 
         results = self.engine.run(requests, watch)
         if failures:
-            raise HastenError(failures[0], hint="check the model file; try dtype='float32'")
+            raise HastenError(failures[0])
         return results
 
     def _events(self, request: Request, parts: Parts) -> Iterator[Event]:
         for event in self.engine.stream(request, parts):
             yield event
             if event.kind == "error":
-                raise HastenError(event.text, hint="check the model file; try dtype='float32'")
+                raise HastenError(event.text)
 
     def _request(
-        self, ids: Sequence[int], method: str | Sequence[str], sampling: Mapping[str, Any], prompt: Prompt = ""
+        self,
+        ids: Sequence[int],
+        method: str | Sequence[str],
+        sampling: Mapping[str, Any],
+        prompt: Prompt = "",
+        grammar: Form | None = None,
     ) -> tuple[Request, Parts]:
         for name in sampling:
             if name not in _SAMPLING:
-                raise unknown_name("option", name, (*_SAMPLING, "method"))
+                raise unknown_name("option", name, (*_SAMPLING, "method", "grammar"))
         names = (method,) if isinstance(method, str) else tuple(method)
         text = prompt if isinstance(prompt, str) else ""
-        return Request(tuple(ids), SamplingParams(**sampling), names, text), self.parts(names)
+        form = Grammar.json_schema(grammar) if isinstance(grammar, Mapping) else grammar
+        if form is not None and not isinstance(form, Grammar):
+            raise out_of_range("grammar", form, "a hasten.Grammar, or a JSON schema as a mapping")
+        request = Request(tuple(ids), SamplingParams(**sampling), names, text, grammar=form)
+        return request, self.parts(names, form)
 
     def _ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -201,112 +256,82 @@ class LLM:
             raise out_of_range("prompt", prompt, "a string or a list of token ids")
         return list(cast("Sequence[int]", prompt))
 
-    def chat_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of `messages` through the model's chat template, up to where the answer begins."""
+    def chat_ids(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        options: Mapping[str, object] | None = None,
+    ) -> list[int]:
+        """Token ids of `messages` through the model's chat template, up to where the answer begins.
+
+        `tools` and `options` (of the template) as `models.templates.ChatTemplate.render` takes them.
+        """
         if self.tokenizer is None:
             raise ConfigError(
                 f"model {self.name!r} has no tokenizer", hint="pass token ids to generate()", field="messages"
             )
-        return self.tokenizer.chat(messages)
+        return self.tokenizer.chat(messages, tools=tools, options=options)
 
     # --- methods ---
 
-    def parts(self, names: tuple[str, ...]) -> Parts:
+    def parts(self, names: tuple[str, ...], grammar: Grammar | None = None) -> Parts:
         """The method parts for these names, built once per LLM; shared drafter state lives as long as the LLM does.
 
-        Raises UnknownNameError, UnsupportedError (planned), IncompatibleError naming both sides.
+        With `grammar` they hold its rule too. Raises UnknownNameError, UnsupportedError (planned), IncompatibleError naming
+        both sides, and as `compile` does.
         """
+        from hasten.combine import combine
+        from hasten.engine.contracts import MethodContext
+
         if names not in self._parts:
-            self._parts[names] = self._build(names)
-        return self._parts[names]
+            context = MethodContext(self.name, self.model, self.tokenizer)
+            self._parts[names] = combine(names, context, self._costs)
+        parts = self._parts[names]
+        return parts if grammar is None else replace(parts, rules=(*parts.rules, self.compile(grammar)))
+
+    @property
+    def grammars(self) -> Grammars:
+        """What compiles grammars for this model, built when it is first asked for; its `counts()` say what was spent.
+
+        Safe from any thread. Raises IncompatibleError for models that grammars do not work with.
+        """
+        from hasten.engine.contracts import MethodContext
+
+        with self._lock:
+            if self._grammars is None:
+                kind = self.model.capabilities.kind
+                if kind != "causal":
+                    raise IncompatibleError(
+                        f"grammars work from left to right; {self.name!r} is a {kind} model, whose grammars come later",
+                        hint="leave the grammar out, or ask a left-to-right model",
+                        field="grammar",
+                    )
+                self._grammars = cast(
+                    Grammars, registry.build("grammar", MethodContext(self.name, self.model, self.tokenizer))
+                )
+            return self._grammars
+
+    def compile(self, grammar: Grammar) -> LogitsRule:
+        """The logit rule of a grammar, for `Parts.rules`; safe from any thread, beside a running engine.
+
+        Equal grammars are compiled once while they are kept. Raises ConfigError (field "grammar") naming what is not
+        supported, IncompatibleError for models that grammars do not work with.
+        """
+        return self.grammars.compile(grammar)
 
     def forget(self) -> None:
         """Drop every method built so far with what it has learnt; the next request starts cold. Nothing may be running."""
         self._parts.clear()
 
-    def _auto(self) -> tuple[str, ...]:
-        """What "auto" drafts with: what needs no training, and what was counted or trained for this model."""
-        from hasten.models.feature import weights_path
-        from hasten.models.stack import DecoderStack
-
-        if not isinstance(self.model, DecoderStack):
-            return AUTO
-        native = self.model.name == "native"
-        names = list(AUTO[:1] if native else AUTO)
-        for slug in TRAINED[:1] if native else TRAINED:
-            with suppress(ConfigError):  # none was made for this model
-                weights_path(slug, self.model, self.name)
-                names.append(slug)
-        return tuple(names)
-
-    def _build(self, names: tuple[str, ...]) -> Parts:
-        from hasten.engine.contracts import MethodContext
-        from hasten.engine.engine import PLAIN, Parts
-        from hasten.union import Union
-
-        masked = self.model.capabilities.kind == "masked"
-        if masked:
-            names = registry.expand(names)
-        slugs = [registry.parse(name)[0] for name in names]
-        if not slugs:
-            raise ConfigError("method is empty; method must be 'auto', 'plain' or method names", field="method")
-        if any(slug in ("auto", "plain") for slug in slugs):
-            if len(slugs) > 1:
-                raise IncompatibleError(f"method {slugs[0]!r} cannot be combined with {slugs[1]!r}", field="method")
-            if slugs[0] == "plain":
-                return PLAIN
-            names = self._auto()
-            slugs = [registry.parse(name)[0] for name in names]
-        self._expect_costs()
-        context = MethodContext(self.name, self.model, self.tokenizer)
-        cards = [registry.card(slug) for slug in slugs]
-        for i, one in enumerate(cards):
-            _check_needs(one, self.name, self.model.capabilities)
-            for other in cards[:i]:
-                if one.slug == other.slug or other.slug in one.conflicts or one.slug in other.conflicts:
-                    raise IncompatibleError(f"method {one.slug!r} cannot be combined with {other.slug!r}", field="method")
-        if masked:
-            return Parts(canvas=self._canvas(names, context), method=tuple(slugs))
-        drafters = [name for name, one in zip(names, cards, strict=True) if one.plugs_into == "draft"]
-        rules = [name for name, one in zip(names, cards, strict=True) if one.plugs_into == "logits"]
-        if len(drafters) + len(rules) < len(names):
-            other = next(one for one in cards if one.plugs_into not in ("draft", "logits"))
-            raise IncompatibleError(
-                f"method {other.slug!r} plugs into {other.plugs_into!r} and cannot be chosen per request",
-                field="method",
-            )
-        built = [registry.build(name, context) for name in drafters]
-        return Parts(
-            drafter=Union(built, self.engine.pass_cost) if len(built) > 1 else built[0] if built else None,
-            rules=tuple(registry.build(name, context) for name in rules),
-            budget=LIMITS.draft_budget,
-            measured=True,
-            method=tuple(slugs),
-        )
-
-    def _canvas(self, names: Sequence[str], context: MethodContext) -> Policy:
-        """The policy that these methods make together; what they leave open is the reference sampler's."""
-        from hasten.policy import Policy
-
-        joined = Policy()
-        for name in names:
-            part = registry.build(name, context)
-            if not isinstance(getattr(part, "policy", None), Policy):
-                raise IncompatibleError(
-                    f"method {registry.parse(name)[0]!r} has no part in filling a canvas", field="method"
-                )
-            joined = joined.join(part.policy)
-        base = registry.build("reference", context)
-        return joined.over(base.policy).over(base.rest).check(context.capabilities)
-
-    def _expect_costs(self) -> None:
-        """Tell the engine what passes cost here, from this machine's profile (measured at first use, in under a second)."""
+    def _costs(self) -> PassCost:
+        """What passes cost on this machine, from its profile to begin with (measured at first use, in under a second)."""
         from hasten.models.native import NativeStack
 
         if isinstance(self.model, NativeStack) and not self.engine.pass_cost.table():
             from hasten.models.cost import profile
 
             self.engine.pass_cost.expect(1, profile(self.model, self.name).table(256))
+        return self.engine.pass_cost
 
     def save_state(self, path: str | Path) -> None:
         """Write what shared drafters have learnt so far (token tables; no prompts or answers) to a safetensors file."""
@@ -390,13 +415,14 @@ class LLM:
         """
         import torch
 
-        from hasten.scoring import pooled
+        from hasten.scoring import finish, pooled
 
         if pooling not in ("mean", "last"):
             raise out_of_range("pooling", pooling, "mean or last")
         out = []
         for text in [texts] if isinstance(texts, str) else texts:
-            out.append(_finished(pooled(self.model, self.engine.scheduler.pool, self._ids(text), last=pooling == "last")))
+            work = pooled(self.model, self.engine.scheduler.pool, self._ids(text), last=pooling == "last")
+            out.append(finish(work))
         if not out:
             raise ConfigError("texts is empty; texts must hold at least one text", field="texts")
         stacked = torch.stack(out)
@@ -421,23 +447,3 @@ class LLM:
             "threads": torch.get_num_threads(),
             "backbone": self.model.name,
         }
-
-
-def _finished(work: Generator[None, None, T]) -> T:
-    """The result of work that is done in chunks, with nothing in between."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            return cast("T", end.value)
-
-
-def _check_needs(card: MethodCard, model: str, capabilities: Capabilities) -> None:
-    """Raise IncompatibleError naming the method and the model unless every need is among its capabilities."""
-    for need in card.needs:
-        if not capabilities.has(need):
-            raise IncompatibleError(
-                f"method {card.slug!r} needs {need!r}, which model {model!r} ({capabilities.kind}) does not offer",
-                hint="choose another method (`hasten methods`) or another model",
-                field="method",
-            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -13,7 +14,7 @@ from starlette.responses import Response
 from hasten import __version__
 from hasten.engine.limits import LIMITS
 from hasten.errors import HastenError
-from hasten.serve import chat, completions, embeddings, errors, metrics, models
+from hasten.serve import chat, completions, embeddings, errors, metrics, models, page
 from hasten.serve.access import Access
 from hasten.serve.metrics import Metrics
 from hasten.serve.security import Gate
@@ -30,11 +31,13 @@ def build_app(worker: Worker, settings: Settings, *, drain_s: float = LIMITS.dra
         yield
         await worker.stop(drain_s)
 
-    app = FastAPI(title="hasten", version=__version__, docs_url=None, redoc_url=None, lifespan=life)
+    # FastAPI can send traces where its environment says; nothing leaves this machine but answers.
+    silent: Any = {"tracing": False, "metrics": False, "logs": False, "operation_spans": False, "auto_configure": False}
+    app = FastAPI(title="hasten", version=__version__, docs_url=None, redoc_url=None, lifespan=life, telemetry=silent)
     app.state.worker = worker
     app.state.metrics = Metrics(worker)
     worker.observe.append(app.state.metrics.watch)
-    for part in (chat, completions, embeddings, models, metrics):
+    for part in (chat, completions, embeddings, models, metrics, page):
         app.include_router(part.router)
     app.add_exception_handler(HastenError, _fail)
     app.add_exception_handler(RequestValidationError, _malformed)

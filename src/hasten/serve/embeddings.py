@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse
 from hasten.errors import out_of_range
 from hasten.serve import generation
 from hasten.serve.access import account
-from hasten.serve.completions import ids, listed
+from hasten.serve.completions import ids, listed, room
 from hasten.serve.protocol import EmbeddingBody
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ async def embed(body: EmbeddingBody, request: Request) -> JSONResponse:
     worker, own = request.app.state.worker, account(request.scope)
     model = own.model = generation.resolve(worker, body.model)
     llm = worker.llm(model)
-    made = await worker.prepare(lambda: [ids(llm, text) for text in listed(body.input)])
+    made = await worker.prepare(lambda: [ids(llm, text, "input") for text in listed(body.input, "input")])
     own.prompt_tokens = sum(map(len, made))
     work = worker.call(model, lambda loaded: vectors(loaded, made, body))
     found = await generation.until_gone(request, work)
@@ -43,6 +43,7 @@ def vectors(llm: LLM, texts: Sequence[Sequence[int]], body: EmbeddingBody) -> Ge
 
     out = []
     for one in texts:
+        yield from room(llm, len(one))
         state = yield from pooled(llm.model, llm.engine.scheduler.pool, one, last=body.hasten.pooling == "last")
         vector = state.numpy()
         if body.dimensions is not None and body.dimensions > len(vector):

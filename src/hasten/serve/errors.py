@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from hasten.engine.limits import LIMITS
 from hasten.engine.scheduler import QueueFullError
 from hasten.errors import (
+    BusyError,
     ConfigError,
     ContextLengthError,
     FormatError,
@@ -31,6 +32,7 @@ _LOG = logging.getLogger("hasten.serve")
 _PRIVATE = re.compile(
     r"0x[0-9a-fA-F]{4,}|<[^<>]* object at [^<>]*>|(?<![\w.])(?:[A-Za-z]:)?[/\\](?:[\w.@+-]+[/\\])+[\w.@+-]*"
 )
+_TYPES = frozenset(("str", "int", "float", "bool"))
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -54,6 +56,7 @@ _KINDS: tuple[tuple[type[HastenError], int, str], ...] = (
     (MissingExtraError, 400, "unsupported"),
     (MemoryFitError, 400, "does_not_fit"),
     (QueueFullError, 429, "queue_full"),
+    (BusyError, 503, "busy"),
     (UnavailableError, 503, "unavailable"),
 )
 
@@ -73,12 +76,9 @@ def describe(error: BaseException) -> tuple[int, dict[str, Any], float]:
     if isinstance(error, ApiError):
         status, code, retry_s = error.status, error.code, error.retry_s
     elif isinstance(error, HastenError):
-        if retry_s:
-            status, code = 503, "busy"
-        else:
-            found = next(((status, code) for kind, status, code in _KINDS if isinstance(error, kind)), None)
-            status, code = found or (500, "engine_error")
-            retry_s = 1.0 if status in (429, 503) else 0.0
+        found = next(((status, code) for kind, status, code in _KINDS if isinstance(error, kind)), None)
+        status, code = found or (500, "engine_error")
+        retry_s = (retry_s or 1.0) if status in (429, 503) else 0.0
     else:
         number = secrets.token_hex(6)
         _LOG.error("internal error %s", number, exc_info=error)
@@ -110,11 +110,14 @@ class ErrorAnswer(Response):
 
 def answer(status: int, body: Mapping[str, Any], retry_s: float = 0.0) -> Response:
     """The response for an error body, at most `LIMITS.error_bytes` long."""
-    data = json.dumps(body).encode()
-    if len(data) > LIMITS.error_bytes:
-        inner = dict(body["error"])
-        inner["message"] = inner["message"][:200] + "…"
-        inner["param"] = inner["param"][:100] if inner["param"] else None
+    inner = dict(body["error"])
+    for most in (1000, 300, 100):  # characters; JSON writes one as up to twelve bytes
+        data = json.dumps({"error": inner}).encode()
+        if len(data) <= LIMITS.error_bytes:
+            break
+        inner["message"] = inner["message"][:most] + "…"
+        inner["param"] = inner["param"][: most // 5] if inner["param"] else None
+    else:
         data = json.dumps({"error": inner}).encode()
     headers = {"Retry-After": str(max(1, round(retry_s)))} if retry_s else {}
     if status == 401:
@@ -133,6 +136,7 @@ def invalid_body(problems: Sequence[Mapping[str, Any]]) -> Response:
     Values are never repeated: one item of a few bytes must not come back as megabytes.
     """
     parts, param, code = [], None, "invalid_value"
+    problems = _nearest(problems)
     for problem in problems[:5]:
         where = _path(problem.get("loc", ()))
         kind = str(problem.get("type", ""))
@@ -146,8 +150,8 @@ def invalid_body(problems: Sequence[Mapping[str, Any]]) -> Response:
         else:
             text = str(problem.get("msg", "is not allowed")).removeprefix("Value error, ")
             name = text.partition(" ")[0]
-            if where == "body" and kind == "value_error" and re.fullmatch(r"[a-z_]{1,40}", name):
-                where, text = name, text.removeprefix(name).lstrip()
+            if kind == "value_error" and re.fullmatch(r"[a-z_]{1,40}", name):
+                where, text = name if where == "body" else f"{where}.{name}", text.removeprefix(name).lstrip()
             text = text[:1].lower() + text[1:]
         param = param or where
         parts.append(f"{where}: {text}")
@@ -155,11 +159,24 @@ def invalid_body(problems: Sequence[Mapping[str, Any]]) -> Response:
     return answer(400, shape(400, public("; ".join(parts) + more), param=public(param or "body", 200), code=code))
 
 
+def _nearest(problems: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Of a value that fits none of several types, what is wrong with it as the type that it fits best: the deepest."""
+    first = problems[:50]
+    paths = [_path(problem.get("loc", ())) for problem in first]
+    kept = [one for path, one in zip(paths, first, strict=True) if not any(_inside(other, path) for other in paths)]
+    return [*kept, *problems[50:]]
+
+
+def _inside(path: str, other: str) -> bool:
+    return path.startswith((f"{other}[", f"{other}."))
+
+
 def _path(loc: Sequence[Any]) -> str:
+    """Where a problem is, as one writes it; without the names of types that pydantic puts in for unions."""
     out = ""
     for part in [*loc][1 if loc and loc[0] in ("body", "query", "path", "header") else 0 :][:12]:
         if isinstance(part, int):
             out += f"[{part}]"
-        elif re.fullmatch(r"[A-Za-z0-9_-]{1,64}", str(part)):
+        elif re.fullmatch(r"[A-Za-z0-9_-]{1,64}", str(part)) and part not in _TYPES:
             out += f".{part}" if out else str(part)
     return out or "body"

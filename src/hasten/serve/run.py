@@ -32,6 +32,7 @@ class TimedH11(H11Protocol):
     """uvicorn's HTTP/1.1 with a time for the headers: a client that sends them byte by byte is cut off."""
 
     _late: asyncio.TimerHandle | None = None
+    _begun: Any = None  # the request whose headers were the last to arrive whole
 
     def connection_made(self, transport: Any) -> None:
         """Start the clock of the first request."""
@@ -39,12 +40,17 @@ class TimedH11(H11Protocol):
         self._late = self.loop.call_later(LIMITS.body_s, self._cut)
 
     def handle_events(self) -> None:
-        """Stop the clock when a request has begun; uvicorn itself closes connections that stay idle after one."""
+        """Stop the clock when a request has begun, start it when part of the next has come and none is being answered.
+
+        uvicorn itself closes connections on which nothing at all comes after an answer.
+        """
         super().handle_events()
-        if self.cycle is not None and self._late is not None:
-            self._late.cancel()
-            self._late = None
-        elif self.cycle is not None and self.cycle.response_complete and self.conn.trailing_data[0] and self._late is None:
+        if self.cycle is not self._begun:
+            self._begun = self.cycle
+            if self._late is not None:
+                self._late.cancel()
+                self._late = None
+        elif self._late is None and self.cycle.response_complete and self.conn.trailing_data[0]:
             self._late = self.loop.call_later(LIMITS.body_s, self._cut)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -103,7 +109,7 @@ def named(models: Sequence[str], aliases: Mapping[str, str], options: Mapping[st
             raise ConfigError(f"model {model!r} gives no name to serve it under", hint="rename it", field="models")
         if name in out:
             raise ConfigError(f"two models would be served as {name!r}", hint="rename one", field="models")
-        out[name] = partial(hasten.load, model, **options)
+        out[name] = partial(hasten.load, model, serving=True, **options)
     for alias, model in aliases.items():
         if model not in out:
             raise ConfigError(f"alias {alias!r} means {model!r}, which is not served", field="alias")
