@@ -7,6 +7,7 @@ chunk of a call that waits (embeddings, scores), and hands events over. An abort
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import secrets
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from hasten.engine.limits import LIMITS
-from hasten.errors import HastenError, unknown_name
+from hasten.errors import HastenError, IncompatibleError, unknown_name
 from hasten.serve.settings import Settings
 
 if TYPE_CHECKING:
@@ -234,9 +235,10 @@ class Worker:
         try:
             for name, source in self._sources.items():
                 started = time.perf_counter()
-                seat = _Seat(source() if callable(source) else source)
-                seat.llm.engine.scheduler.max_queue = LIMITS.served_queue
-                self._seats[name] = seat
+                llm = source() if callable(source) else source
+                with contextlib.suppress(IncompatibleError):  # masked models, and models without an end token
+                    llm.grammars  # noqa: B018 - read the vocabulary now, so that no request waits for it
+                self._seats[name] = _Seat(llm)
                 _LOG.info("model loaded", extra={"model": name, "seconds": round(time.perf_counter() - started, 2)})
             self._begun.set()
             if self.state == "loading":

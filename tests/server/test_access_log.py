@@ -79,7 +79,7 @@ def test_an_exception_is_told_by_type_and_place_and_its_words_only_at_debug():
     made = record("trouble", KeyError("the user's secret"))
     assert "secret" not in Lines(False).format(made)
     assert "secret" not in Lines(True).format(made)
-    assert "KeyError at test_logs.py:" in Lines(False).format(made)
+    assert "KeyError at test_access_log.py:" in Lines(False).format(made)
     assert "secret" in Lines(False, messages=True).format(made)
 
 
