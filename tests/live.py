@@ -73,8 +73,11 @@ def until(true: Callable[[], bool], seconds: float = 10) -> bool:
 
 
 @contextlib.contextmanager
-def serving(models: Mapping[str, Any], settings: Settings | None = None) -> Iterator[Served]:
-    """A server of these models (LLMs, or functions that load them), ready, until the end of the block."""
+def serving(models: Mapping[str, Any], settings: Settings | None = None, *, loaded: bool = True) -> Iterator[Served]:
+    """A server of these models (LLMs, or functions that load them), ready, until the end of the block.
+
+    Without `loaded` it listens, and may still load.
+    """
     settings = settings or Settings()
     steps: list[tuple[str, float]] = []
     worker = Worker(models, settings, [lambda name, seconds, *_: steps.append((name, seconds))])
@@ -84,8 +87,9 @@ def serving(models: Mapping[str, Any], settings: Settings | None = None) -> Iter
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     try:
-        assert until(lambda: worker.state not in ("loading",), 60)
-        assert worker.state == "ready", worker.failure
+        assert until(lambda: server.started, 60)
+        assert not loaded or until(lambda: worker.state != "loading", 60)
+        assert not loaded or worker.state == "ready", worker.failure
         yield Served(listener.getsockname()[1], worker, app, steps)
     finally:
         server.should_exit = True
