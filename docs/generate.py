@@ -1,8 +1,8 @@
 """Writes the pages that are made from the code: `make docs`. A test checks that the committed pages are current.
 
 cli.md, limits.md, metrics.md, works.md and results.md are written whole. In methods/<slug>.md the block between the two
-card marks, in the README the table between the two bench marks, and in mini.md what the cards of the small models say, is written; the
-rest of the page is the author's.
+card marks, in the README the table between the two bench marks, and in mini.md what the cards of the small models say, is
+written; the rest of the page is the author's.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def metrics() -> str:
 
     rows = [(f"`{s.name}`", s.kind, ", ".join(f"`{label}`" for label in s.labels), s.help) for s in SPECS]
     text = (
-        "What `GET /metrics` of `hasten serve` tells, in Prometheus' text format or as OpenMetrics, whichever is asked for; "
-        "with keys set it needs one. Values of labels come from this server, never from a caller. "
+        "What `GET /metrics` of `hasten serve` tells, in Prometheus' text format or as OpenMetrics, whichever is asked "
+        "for; with keys set it needs one. Values of labels come from this server, never from a caller. "
         "[Serving](guide/serving.md#metrics-and-logs) has a scrape example and queries."
     )
     return "\n\n".join([NOTE, "# Metrics", text, table(("metric", "kind", "labels", "meaning"), rows)]) + "\n"
