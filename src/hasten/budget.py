@@ -308,7 +308,7 @@ class Budget:
         return found
 
     def plain(self, rows: int) -> float:
-        """Seconds of a pass of so many rows without drafts, or of the most rows below that were measured; 0 if none were."""
+        """Seconds of a pass of so many rows without drafts, or of the most rows below that were measured, else 0."""
         return next((seconds for n in range(rows, 0, -1) if (seconds := self.cost(n, n))), 0.0)
 
     def ask(self, drafter: Drafter, caps: Sequence[int]) -> list[int]:

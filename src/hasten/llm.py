@@ -69,9 +69,9 @@ def load(
     native or torch. Lossy, for the native stack: `activations` int8 (inputs of quantised matrices rounded to 8 bits),
     `cache` bfloat16 or int8 (keys and values), `weights` int8, int4 or int4-min (rounded to nearest).
     `threads`: CPU threads for this process (default: all). `cache_bytes`: KV cache (default: half of what is free after
-    loading). `serving`: for many users at once - a shorter queue, and requests that free memory does not allow are refused
-    for now; `prefix_cache`: keep keys of prompts for later ones that begin alike. `force`: load although the memory check
-    says it will not fit. `progress(what, done, total)` is called during downloads and loading.
+    loading). `serving`: refuse requests that free memory does not allow just now. `prefix_cache`: keep keys of prompts for
+    later ones that begin alike. `force`: load although the memory check says it will not fit. `progress(what, done, total)`
+    is called during downloads and loading.
     Raises UnknownNameError, DownloadError, FormatError, UnsupportedError, MemoryFitError, ConfigError.
     """
     import torch
@@ -123,9 +123,8 @@ class LLM:
             self.model,
             cache_bytes=cache_bytes,
             decoder=None if self.tokenizer is None else self.tokenizer.stream,
-            queue=LIMITS.served_queue if serving else LIMITS.queue,
             prefix_bytes=int(cache_bytes * LIMITS.prefix_share) if prefix_cache else 0,
-            identity=f"{loaded.source} {loaded.dtype}",
+            identity=_identity(loaded),
             available=available_bytes if serving else None,
         )
         self._parts: dict[tuple[str, ...], Parts] = {}
@@ -320,8 +319,12 @@ class LLM:
         return self.grammars.compile(grammar)
 
     def forget(self) -> None:
-        """Drop every method built so far with what it has learnt; the next request starts cold. Nothing may be running."""
+        """Drop every method built so far with what it has learnt, and kept prompts: the next request starts cold.
+
+        Nothing may be running.
+        """
         self._parts.clear()
+        self.engine.scheduler.pool.shrink()
 
     def _costs(self) -> PassCost:
         """What passes cost on this machine, from its profile to begin with (measured at first use, in under a second)."""
@@ -447,3 +450,10 @@ class LLM:
             "threads": torch.get_num_threads(),
             "backbone": self.model.name,
         }
+
+
+def _identity(loaded: Loaded) -> str:
+    """What tells this model from any other, and from itself with other rounding."""
+    weights = getattr(loaded.model, "weights", None)
+    layouts = [] if weights is None else sorted({str(matrix.layout) for matrix in weights.matrices.values()})
+    return f"{loaded.source} {loaded.dtype} {getattr(loaded.model, 'activations', 'exact')} {layouts}"

@@ -11,7 +11,29 @@ STRINGS = [
     "true", "-1", "%s%n", "' OR 1=1", "\ud7ff\ue000", "\r\nX: y", "auto", "none", "required", "length", "prompt-lookup", "plain", "threshold",
     "function", "text", "json_object", "json_schema", "user", "assistant", "tool", "a b", "\u0130\u0131", "(a+)+$", "start: /.*/",
 ]  # fmt: skip
-NUMBERS = [0, 1, 2, 3, 7, -1, 0.5, -0.5, 1.5, 20, 21, 100, 2**31 - 1, 2**31, 2**53, 2**63, -(2**63), 10**40, 1e308, 5e-324, -0.0]
+NUMBERS = [
+    0,
+    1,
+    2,
+    3,
+    7,
+    -1,
+    0.5,
+    -0.5,
+    1.5,
+    20,
+    21,
+    100,
+    2**31 - 1,
+    2**31,
+    2**53,
+    2**63,
+    -(2**63),
+    10**40,
+    1e308,
+    5e-324,
+    -0.0,
+]
 RAW = [b"", b"{", b"nul", b"\xff\xfe{}", b"[" * 3000, b'{"a":' * 2000, b'{"model":"tiny","messages":[{"role":"user","content":"\\ud800"}]}',
        b'{"model":"tiny","prompt":"a","temperature":NaN}', b'{"model":"tiny","prompt":"a","seed":1e999}', b'"tiny"', b"[]", b"0"]  # fmt: skip
 SCHEMAS = [
@@ -28,7 +50,9 @@ class Maker:
     def __init__(self, document: dict[str, Any], seed: int) -> None:
         self.document, self.random = document, random.Random(seed)
         self.operations = sorted(
-            (path, method, operation) for path, methods in document["paths"].items() for method, operation in methods.items()
+            (path, method, operation)
+            for path, methods in document["paths"].items()
+            for method, operation in methods.items()
         )
 
     def anything(self, depth: int = 0) -> Any:
@@ -79,7 +103,11 @@ class Maker:
         """An object: what is required, some of the rest, and what makes the fields agree often enough."""
         r, fields = self.random, schema.get("properties", {})
         if not fields:
-            return r.choice(SCHEMAS) if r.random() < 0.5 else {str(r.randrange(400)): r.uniform(-5, 5) for _ in range(r.randrange(3))}
+            return (
+                r.choice(SCHEMAS)
+                if r.random() < 0.5
+                else {str(r.randrange(400)): r.uniform(-5, 5) for _ in range(r.randrange(3))}
+            )
         rest = [name for name in fields if name not in schema.get("required", ())]
         chosen = [*schema.get("required", ()), *r.sample(rest, min(len(rest), r.choice([0, 0, 1, 2, 4])))]
         out = {name: self.value(fields[name], wrong, depth + 1) for name in chosen}
@@ -87,11 +115,14 @@ class Maker:
             roles = r.choice([["user"], ["system", "user"], ["user", "assistant", "user"], ["developer", "user"]])
             out["messages"] = [{"role": role, "content": r.choice(STRINGS)} for role in roles]
         if "tools" in out and r.random() < 0.7:
-            out["tools"] = [{"type": "function", "function": {"name": f"f{i}", "parameters": r.choice(SCHEMAS)}} for i in range(r.randint(1, 3))]
+            out["tools"] = [
+                {"type": "function", "function": {"name": f"f{i}", "parameters": r.choice(SCHEMAS)}}
+                for i in range(r.randint(1, 3))
+            ]
         if "response_format" in out and r.random() < 0.7:
             out["response_format"] = {"type": "json_schema", "json_schema": {"name": "x", "schema": r.choice(SCHEMAS)}}
         if "model" in fields and r.random() < 0.95:
-            out["model"] = r.choice(["tiny", "tiny", "tiny", "mini-dlm"])
+            out["model"] = r.choice(["tiny", "ended", "ended", "mini-dlm"])
         if "max_tokens" in fields and r.random() < 0.9:
             out["max_tokens"] = r.choice([1, 2, 5, 9])
         if r.random() < wrong:
@@ -104,18 +135,25 @@ class Maker:
         path, method, operation = r.choice(self.operations)
         if method == "get" and r.random() < 0.7:
             path, method, operation = r.choice([one for one in self.operations if one[1] == "post"])
-        made: dict[str, Any] = {"method": method.upper(), "url": path.replace("{model}", r.choice(["tiny", "nope", "%00", "a%2fb", "%ff"]))}
+        made: dict[str, Any] = {
+            "method": method.upper(),
+            "url": path.replace("{model}", r.choice(["tiny", "nope", "%00", "a%2fb", "%ff"])),
+        }
         if r.random() < 0.03:
             made["method"] = r.choice(["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH", "BREW"])
         if "requestBody" in operation:
             schema = operation["requestBody"]["content"]["application/json"]["schema"]
             body = self.value(schema, 0.0) if r.random() < 0.4 else self.value(schema, r.choice([0.02, 0.1, 0.3]))
             made["content"] = r.choice(RAW) if r.random() < 0.05 else json.dumps(body).encode()
-            made["headers"] = {"Content-Type": r.choice(["application/json"] * 12 + ["text/plain", "application/x-www-form-urlencoded", ""])}
+            made["headers"] = {
+                "Content-Type": r.choice(
+                    ["application/json"] * 12 + ["text/plain", "application/x-www-form-urlencoded", ""]
+                )
+            }
         if r.random() < 0.05:
-            made.setdefault("headers", {})[r.choice(["Accept", "Range", "X-Request-Id", "Expect", "Accept-Encoding", "Authorization"])] = r.choice(
-                ["x", "bytes=0-1,2-", "*/*;q=nan", "100-continue", "Bearer \u00ff".encode("latin-1"), "gzip;q=0"]
-            )
+            made.setdefault("headers", {})[
+                r.choice(["Accept", "Range", "X-Request-Id", "Expect", "Accept-Encoding", "Authorization"])
+            ] = r.choice(["x", "bytes=0-1,2-", "*/*;q=nan", "100-continue", "Bearer \u00ff".encode("latin-1"), "gzip;q=0"])
         if r.random() < 0.05:
             made["params"] = {r.choice(["stream", "model", "x"]): r.choice(["1", "\u0000", "%"])}
         return made

@@ -32,6 +32,7 @@ SCENARIOS = (
     "the catalog is searched as one types, and a method is tried",
     "the keyboard is enough",
     "the theme follows the system until it is chosen, and is remembered",
+    "without storage nothing is remembered and nothing breaks",
     "360 px are wide enough",
 )
 
@@ -177,6 +178,17 @@ def test_in_a_browser(browsed, scenario):
 @pytest.mark.slow
 def test_every_scenario_is_listed(browsed):
     assert sorted(browsed) == sorted(SCENARIOS)
+
+
+@pytest.mark.slow
+def test_the_page_and_the_real_server_agree(tmp_path):
+    from chat_model import write_model
+    from served import load, serving
+
+    with serving({"tiny-chat": load(write_model(tmp_path)), "mini-dlm": load("mini-dlm")}) as served:
+        found = browse(f"{served.base}/", HASTEN_PAGE_REAL="1")
+    assert found == dict.fromkeys(found, "ok")
+    assert len(found) == 3
 
 
 @pytest.mark.slow

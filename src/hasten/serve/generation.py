@@ -71,6 +71,8 @@ def failed(event: Event) -> None:
     """Raise ApiError for an event that says that its choice has failed or was given up."""
     if event.kind == "error":
         late = "deadline" in event.text
+        if event.text.startswith("the grammar "):  # the request's own, which nothing can follow or which costs too much
+            raise ApiError(400, event.text, code="grammar_failed")
         raise ApiError(504 if late else 500, event.text, code="deadline" if late else "engine_error")
     if event.output is not None and event.output.finish_reason == "abort":
         raise ApiError(504, "the request was given up before it ended", code="aborted")
@@ -259,7 +261,7 @@ def usage_json(requests: Sequence[Request], outputs: Sequence[Output]) -> dict[s
     """Token counts of a whole answer: every prompt once, every choice's tokens."""
     prompt = sum(len(request.prompt) for request in requests)
     completion = sum(output.usage.completion_tokens for output in outputs)
-    cached = sum(getattr(output.usage, "cached_tokens", 0) for output in outputs)
+    cached = sum(output.usage.cached_tokens for output in outputs)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -272,9 +274,9 @@ def cost(outputs: Sequence[Output]) -> dict[str, Any]:
     """What the choices cost: sums over them, and ratios of the sums."""
     names = ("forwards", "computed_tokens", "drafted_tokens", "accepted_tokens", "prefill_s", "decode_s", "draft_s")
     sums: dict[str, Any] = {name: sum(getattr(output.usage, name) for output in outputs) for name in names}
-    later = sum(max(0, output.usage.completion_tokens - 1) for output in outputs)
-    sums["tokens_per_forward"] = later / sums["forwards"] if sums["forwards"] else 0.0
-    sums["tokens_per_s"] = later / sums["decode_s"] if sums["decode_s"] > 0 else 0.0
+    decoded = sum(output.usage.decoded for output in outputs)
+    sums["tokens_per_forward"] = decoded / sums["forwards"] if sums["forwards"] else 0.0
+    sums["tokens_per_s"] = decoded / sums["decode_s"] if sums["decode_s"] > 0 else 0.0
     return sums
 
 

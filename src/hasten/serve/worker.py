@@ -236,6 +236,7 @@ class Worker:
             for name, source in self._sources.items():
                 started = time.perf_counter()
                 llm = source() if callable(source) else source
+                llm.engine.scheduler.max_queue = LIMITS.served_queue
                 with contextlib.suppress(IncompatibleError):  # masked models, and models without an end token
                     llm.grammars  # noqa: B018 - read the vocabulary now, so that no request waits for it
                 self._seats[name] = _Seat(llm)

@@ -144,17 +144,35 @@ class Replay(BaseHTTPRequestHandler):
 
 def _large() -> Iterator[str]:
     """A canvas of 512 places in 128 forwards, every open place guessed anew in each: what the view must keep up with."""
-    yield _sse({"choices": [], "hasten": {"events": [{"kind": "block", "choice": 0, "step": 0, "t": 0.0, "position": 8, "total": 520}]}})
+    yield _sse(
+        {
+            "choices": [],
+            "hasten": {"events": [{"kind": "block", "choice": 0, "step": 0, "t": 0.0, "position": 8, "total": 520}]},
+        }
+    )
     order = [8 + (i * 167) % 512 for i in range(512)]
     for step in range(128):
         events = [{"kind": "forward", "choice": 0, "step": step, "t": step * 0.02, "total": 520, "backbone": "native"}]
         for i, place in enumerate(order[step * 4 :]):
             kind = "commit" if i < 4 else "propose"
-            events.append({"kind": kind, "choice": 0, "step": step, "t": step * 0.02, "position": place, "token": place, "piece": f" w{place}", "confidence": 0.5})
+            events.append(
+                {
+                    "kind": kind,
+                    "choice": 0,
+                    "step": step,
+                    "t": step * 0.02,
+                    "position": place,
+                    "token": place,
+                    "piece": f" w{place}",
+                    "confidence": 0.5,
+                }
+            )
         yield _sse({"choices": [], "hasten": {"events": events}})
         time.sleep(0.02)
     end = {"kind": "stop", "choice": 0, "step": 128, "t": 2.56}
-    yield _sse({"choices": [{"index": 0, "delta": {"content": "done"}, "finish_reason": "stop"}], "hasten": {"events": [end]}})
+    yield _sse(
+        {"choices": [{"index": 0, "delta": {"content": "done"}, "finish_reason": "stop"}], "hasten": {"events": [end]}}
+    )
     yield "data: [DONE]\n\n"
 
 

@@ -87,7 +87,9 @@ def main() -> None:
         }
         path = HERE / f"{name}.json"
         path.write_text(json.dumps(stored, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
-        print(f"{name}: {usage.completion_tokens} tokens, {usage.forwards} forwards, {usage.accepted_tokens}/{usage.drafted_tokens}: {output.text!r}")
+        print(
+            f"{name}: {usage.completion_tokens} tokens, {usage.forwards} forwards, {usage.accepted_tokens}/{usage.drafted_tokens}: {output.text!r}"
+        )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import { el } from "./dom.js";
 import { EventParser } from "./sse.js";
+import { tab } from "./store.js";
 
 const KEY = "hasten.key"; // in the tab's session storage only
 
@@ -17,9 +18,19 @@ export class ApiError extends Error {
   }
 }
 
+/* What the browser raises when nothing answers is a TypeError, as a slip in this code would be: tell them apart here. */
+async function reach(work, words) {
+  try {
+    return await work();
+  } catch (error) {
+    if (!(error instanceof TypeError)) throw error;
+    throw Object.assign(new ApiError(0, { error: { message: words } }, 0), { unreachable: true });
+  }
+}
+
 export const key = {
-  get: () => sessionStorage.getItem(KEY) ?? "",
-  set: (value) => (value ? sessionStorage.setItem(KEY, value) : sessionStorage.removeItem(KEY)),
+  get: () => tab.get(KEY) ?? "",
+  set: (value) => (value ? tab.set(KEY, value) : tab.remove(KEY)),
 };
 
 /** The headers that carry the key, if the person gave one here; else the browser's own sign-in goes along. */
@@ -49,12 +60,12 @@ function ask() {
   return asking;
 }
 
-/** Fetch `path`; asks for a key when the server wants one. Raises ApiError, or TypeError when nothing answers. */
+/** Fetch `path`; asks for a key when the server wants one. Raises ApiError, `unreachable` when nothing answers. */
 export async function request(path, { body, signal } = {}) {
   for (;;) {
     const headers = { ...authorization(), ...(body ? { "Content-Type": "application/json" } : {}) };
     const options = { method: body ? "POST" : "GET", headers, signal, credentials: "same-origin", cache: "no-store", redirect: "error" };
-    const answer = await fetch(path, body ? { ...options, body: JSON.stringify(body) } : options);
+    const answer = await reach(() => fetch(path, body ? { ...options, body: JSON.stringify(body) } : options), "The server cannot be reached.");
     if (answer.ok) return answer;
     if (answer.status === 401 && (await ask())) continue;
     const read = await answer.json().catch(() => null);
@@ -69,7 +80,7 @@ export async function stream(body, signal, take) {
   const parser = new EventParser();
   let finished = false;
   for (;;) {
-    const { done, value } = await reader.read();
+    const { done, value } = await reach(() => reader.read(), "The connection broke before the answer was complete.");
     if (done) break;
     for (const data of parser.push(value)) {
       if (data === "[DONE]") {
@@ -86,13 +97,11 @@ export async function stream(body, signal, take) {
 
 /** The error as a card that is put where the answer would have been; `again` tries once more. */
 export function errorCard(error, again) {
-  const unreachable = error instanceof TypeError;
-  const words = unreachable ? "The server cannot be reached." : error.message;
   const facts = [];
   if (error.param) facts.push(el("span", {}, "field ", el("code", {}, error.param)));
   if (error.code) facts.push(el("span", {}, "code ", el("code", {}, String(error.code))));
   if (error.status >= 400) facts.push(el("span", {}, `status ${error.status}`));
   if (error.retry) facts.push(el("span", {}, `try again in ${error.retry} s`));
   const retry = again && el("button", { type: "button", class: "button plain", on: { click: again } }, "Try again");
-  return el("div", { class: "error", role: "alert" }, el("p", {}, words), facts.length ? el("p", { class: "facts" }, facts) : null, retry);
+  return el("div", { class: "error", role: "alert" }, el("p", {}, error.message), facts.length ? el("p", { class: "facts" }, facts) : null, retry);
 }

@@ -7,6 +7,7 @@ import { button, el, fill } from "./dom.js";
 import { Race } from "./race.js";
 import { load, modelOf, statusLine } from "./server.js";
 import { bind, keep, recall, settings } from "./settings.js";
+import { device } from "./store.js";
 import { LiveView } from "./view.js";
 
 const AGAIN_S = 3; // until the server is asked once more when it could not tell its models
@@ -47,7 +48,7 @@ function drawTheme() {
 }
 toggle.addEventListener("click", () => {
   root.dataset.theme = drawTheme() ? "light" : "dark";
-  localStorage.setItem("hasten.theme", root.dataset.theme);
+  device.set("hasten.theme", root.dataset.theme);
   drawTheme();
 });
 prefersDark.addEventListener("change", drawTheme);
@@ -102,7 +103,7 @@ async function begin() {
     }
   } catch (error) {
     fill(trouble, errorCard(error, begin));
-    if (error instanceof TypeError || error.status === 503) waiting = setTimeout(begin, AGAIN_S * 1000);
+    if (error.unreachable || error.status === 503) waiting = setTimeout(begin, AGAIN_S * 1000);
     return;
   }
   fill(trouble);

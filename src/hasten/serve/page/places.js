@@ -60,7 +60,7 @@ class Walk {
 export class CanvasView {
   constructor(trace, tell) {
     this.trace = trace;
-    this.node = el("div", { class: "cells", role: "group", "aria-label": "Canvas, one cell per token" });
+    this.node = el("div", { class: "cells", role: "listbox", "aria-label": "Canvas, one cell per token" });
     this.cells = new Map();
     this.fresh = []; // cells committed in the forward that is shown
     this.walk = new Walk(this.node, (cell) => {
@@ -93,7 +93,7 @@ export class CanvasView {
     for (let at = from; at < to; at += 1) {
       let cell = this.cells.get(at);
       if (!cell) {
-        cell = el("span", { class: "cell", "data-at": at, "data-state": "masked", role: "img" });
+        cell = el("span", { class: "cell", "data-at": at, "data-state": "masked", role: "option", "aria-label": "masked" });
         this.cells.set(at, cell);
         this.walk.add(cell);
       }
@@ -119,7 +119,8 @@ export class CanvasView {
     if (text.length > 2 && text !== "■") this.node.classList.add("words");
     cell.style.setProperty("--f", place.f ?? 0);
     cell.style.setProperty("--c", sure);
-    cell.removeAttribute("aria-label");
+    if (place.state === "masked") cell.setAttribute("aria-label", "masked");
+    else cell.removeAttribute("aria-label"); // its text names it
   }
 
   #words(at) {
@@ -147,7 +148,7 @@ const MOST_REFUSED = 2; // drafts shown at one place; the others are counted
 export class TokensView {
   constructor(trace, tell) {
     this.trace = trace;
-    this.node = el("div", { class: "tokens", role: "group", "aria-label": "Answer, token by token" });
+    this.node = el("div", { class: "tokens", role: "listbox", "aria-label": "Answer, token by token" });
     this.walk = new Walk(this.node, (chip) => chip.dataset.words && tell(chip.dataset.words, chip));
     this.made = [];
     this.f = Infinity;
@@ -190,7 +191,7 @@ export class TokensView {
 
   #chip(kind, text, f, confidence, words) {
     const tag = kind.startsWith("refused") ? "del" : "span";
-    const chip = el(tag, { class: `chip ${kind}`, "data-words": words, "data-f": f, "aria-label": words, role: "img" });
+    const chip = el(tag, { class: `chip ${kind}`, "data-words": words, "data-f": f, "aria-label": words, role: "option" });
     const bare = text.trimStart(); // a token's leading space is not part of its mark
     const space = tag === "del" ? "" : text.slice(0, text.length - bare.length);
     chip.append(...(bare ? [space, el("span", { class: "ink" }, bare)] : [el("span", { class: "ink" }, text)]));

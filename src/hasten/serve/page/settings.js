@@ -2,6 +2,7 @@
 
 import { key } from "./api.js";
 import { fillMethods, fillModels, kindOf, methodList } from "./server.js";
+import { device } from "./store.js";
 
 const STORE = "hasten.kept"; // the chat and its settings, only while the person has asked to keep them
 const DEFAULTS = { model: "", method: "auto", system: "", temperature: "0", top_p: "1", max_tokens: "", seed: "", format: "text", schema: "" };
@@ -12,27 +13,22 @@ export const settings = { ...DEFAULTS, keep: false };
 /** What was kept on this device: the messages, with the settings taken over; [] when nothing was. */
 export function recall() {
   try {
-    const stored = JSON.parse(localStorage.getItem(STORE) ?? "null");
+    const stored = JSON.parse(device.get(STORE) ?? "null");
     if (!stored) return [];
     for (const name of Object.keys(DEFAULTS)) if (typeof stored.settings?.[name] === "string") settings[name] = stored.settings[name];
     settings.keep = true;
     return (stored.messages ?? []).filter((m) => ["user", "assistant"].includes(m.role) && typeof m.content === "string");
   } catch {
-    localStorage.removeItem(STORE);
+    device.remove(STORE);
     return [];
   }
 }
 
 /** Keep the chat on this device if the person has asked for it; otherwise see that nothing is kept. */
 export function keep(messages) {
-  if (!settings.keep) return localStorage.removeItem(STORE);
-  const { keep: _, ...rest } = settings;
-  try {
-    localStorage.setItem(STORE, JSON.stringify({ settings: rest, messages: messages.map(({ role, content }) => ({ role, content })) }));
-  } catch {
-    localStorage.removeItem(STORE); // the device's space is used up
-  }
-  return undefined;
+  const { keep: wanted, ...rest } = settings;
+  const stored = { settings: rest, messages: messages.map(({ role, content }) => ({ role, content })) };
+  if (!wanted || !device.set(STORE, JSON.stringify(stored))) device.remove(STORE);
 }
 
 /** The body of a chat request with these settings; `over` replaces model or method. Raises Error with a plain sentence. */
