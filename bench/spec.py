@@ -75,7 +75,7 @@ def measure(setup: str, methods: list[str], per_group: int, tokens: int, wanted:
     """Group -> method -> figures, plus "all", for one setup."""
     llm = hasten.load("smollm2-135m", cache_bytes=600_000_000, **SETUPS[setup])
     over = [
-        Prompt(0, group, tuple(llm._chat_ids([{"role": "user", "content": text}])))
+        Prompt(0, group, tuple(llm.chat_ids([{"role": "user", "content": text}])))
         for group, many in spec(per_group).items()
         for text in many
     ]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from hasten import registry
 from hasten.engine.limits import LIMITS
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hasten.models.load import Loaded
     from hasten.policy import Policy
 
+T = TypeVar("T")
 Prompt = str | Sequence[int]
 Message = Mapping[str, object]
 AUTO: tuple[str, ...] = ("prompt-lookup", "token-recycling")  # what "auto" drafts with: exact, untrained, any causal model
@@ -129,14 +130,14 @@ class LLM:
 
     def chat(self, messages: Sequence[Message], *, method: str | Sequence[str] = "auto", **sampling: Any) -> Any:
         """The assistant's next message for `messages` ({"role", "content"}), through the model's chat template."""
-        outs = self._run([self._request(self._chat_ids(messages), method, sampling)])[0]
+        outs = self._run([self._request(self.chat_ids(messages), method, sampling)])[0]
         return outs[0] if len(outs) == 1 else outs
 
     def chat_stream(
         self, messages: Sequence[Message], *, method: str | Sequence[str] = "auto", **sampling: Any
     ) -> Iterator[Event]:
         """As `stream`, for chat messages."""
-        request, parts = self._request(self._chat_ids(messages), method, sampling)
+        request, parts = self._request(self.chat_ids(messages), method, sampling)
         return self._events(request, parts)
 
     def fill(self, text: str, *, method: str | Sequence[str] = "auto", **sampling: Any) -> Output:
@@ -200,7 +201,8 @@ class LLM:
             raise out_of_range("prompt", prompt, "a string or a list of token ids")
         return list(cast("Sequence[int]", prompt))
 
-    def _chat_ids(self, messages: Sequence[Message]) -> list[int]:
+    def chat_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of `messages` through the model's chat template, up to where the answer begins."""
         if self.tokenizer is None:
             raise ConfigError(
                 f"model {self.name!r} has no tokenizer", hint="pass token ids to generate()", field="messages"
@@ -381,33 +383,20 @@ class LLM:
         logprobs = score(self.model, self.engine.scheduler.pool, [*before, *after], len(before))
         return Score(tuple(after), tuple(logprobs), sum(logprobs))
 
-    def embed(self, texts: str | Sequence[str], *, pooling: str = "mean", normalize: bool = True) -> Tensor:
-        """Embeddings float32 [N, hidden] of `texts`: the final hidden states' mean, or the last token's ("last").
+    def embed(self, texts: str | Sequence[Prompt], *, pooling: str = "mean", normalize: bool = True) -> Tensor:
+        """Embeddings float32 [N, hidden] of texts or token ids: the mean of the final hidden states, or the last one.
 
         `normalize` scales each to length 1. Raises ConfigError, ContextLengthError naming the text's length.
         """
         import torch
 
-        from hasten.engine.contracts import Needs, RowInput
-        from hasten.errors import ContextLengthError
+        from hasten.scoring import pooled
 
         if pooling not in ("mean", "last"):
             raise out_of_range("pooling", pooling, "mean or last")
         out = []
         for text in [texts] if isinstance(texts, str) else texts:
-            ids = self._ids(text)
-            if len(ids) > self.model.capabilities.max_len:
-                raise ContextLengthError(
-                    f"a text of {len(ids)} tokens exceeds the model's window of {self.model.capabilities.max_len}",
-                    hint="split the text",
-                    field="texts",
-                )
-            row = RowInput(torch.tensor(ids), torch.arange(len(ids)), logits="none")
-            hidden = self.model.run([row], Needs(final_hidden=True)).final_hidden
-            if hidden is None:
-                raise IncompatibleError(f"model {self.name!r} shows no hidden states", field="model")
-            states = hidden.float()
-            out.append(states[-1] if pooling == "last" else states.mean(0))
+            out.append(_finished(pooled(self.model, self.engine.scheduler.pool, self._ids(text), last=pooling == "last")))
         if not out:
             raise ConfigError("texts is empty; texts must hold at least one text", field="texts")
         stacked = torch.stack(out)
@@ -432,6 +421,15 @@ class LLM:
             "threads": torch.get_num_threads(),
             "backbone": self.model.name,
         }
+
+
+def _finished(work: Generator[None, None, T]) -> T:
+    """The result of work that is done in chunks, with nothing in between."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return cast("T", end.value)
 
 
 def _check_needs(card: MethodCard, model: str, capabilities: Capabilities) -> None:

@@ -137,9 +137,10 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """What an answer must look like: `source` is a JSON schema (JSON text), a regex, a Lark grammar or a JSON list of choices.
+    """What an answer must look like.
 
-    "json_object" is any JSON object, its source empty. Made and checked by `hasten.logits.grammar`; refused there by the
+    `source` is a JSON schema (as JSON text), a regex, a Lark grammar or a JSON list of choices; "json_object" is any JSON
+    object, its source empty. Made and checked by `hasten.logits.grammar`; refused there by the
     JSON path of what is not supported. Equal grammars are compiled once.
     """
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from hasten.engine.budget import CHEAP, GRID, Acceptance, PassCost, paths
+from hasten.budget import CHEAP, GRID, Acceptance, PassCost, paths
 from hasten.engine.contracts import EMPTY_DRAFT, NO_NEEDS, Draft, Drafter, Draws, Feedback, Needs, RowView
 from hasten.errors import ConfigError, IncompatibleError
 

@@ -36,7 +36,7 @@ def test_transformers_answers_as_hasten_does(peers, smollm2_gguf):
     import hasten
 
     llm = hasten.load(smollm2_gguf, dtype="float32", cache_bytes=100_000_000)
-    ids = tuple(llm._chat_ids([{"role": "user", "content": "Name three colours of the sky."}]))
+    ids = tuple(llm.chat_ids([{"role": "user", "content": "Name three colours of the sky."}]))
     plain = llm.generate(list(ids), method="plain", max_tokens=16, ignore_eos=True).tokens
     for name, run in peers.peers(smollm2_gguf, torch.float32, ("transformers",)).items():
         answer = run(Prompt(0, "x", ids), 16)
@@ -51,7 +51,7 @@ def test_llama_cpp_repeats_a_sentence_in_fewer_passes_with_prompt_lookup(peers, 
 
     llm = hasten.load(smollm2_gguf, dtype="float32", cache_bytes=100_000_000)
     text = "Repeat twice: the ship left the harbour at dawn with seven men."
-    prompt = Prompt(0, "x", tuple(llm._chat_ids([{"role": "user", "content": text}])))
+    prompt = Prompt(0, "x", tuple(llm.chat_ids([{"role": "user", "content": text}])))
     found = peers.llama_peers(smollm2_gguf, 2)
     assert list(found) == ["llama.cpp", "llama.cpp flash attention", "llama.cpp prompt lookup"]
     wanted = llm.generate(list(prompt.ids), method="plain", max_tokens=12, ignore_eos=True).tokens

@@ -10,7 +10,7 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hasten.engine.budget import PassCost
+from hasten.budget import PassCost
 from hasten.kernels import library
 from hasten.models import cost
 from hasten.models.cost import PassTimes

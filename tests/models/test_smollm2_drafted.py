@@ -27,7 +27,7 @@ def llm(request, smollm2_gguf):
 
 def prompts(llm, per_group: int) -> list[list[int]]:
     messages = [text for many in spec(per_group).values() for text in many]
-    return [llm._chat_ids([{"role": "user", "content": text}]) for text in messages]
+    return [llm.chat_ids([{"role": "user", "content": text}]) for text in messages]
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ def stacks(smollm2_gguf):
 
 @pytest.fixture(scope="module")
 def prompts(stacks):
-    return [stacks["exact"]._chat_ids([{"role": "user", "content": text}]) for many in spec(10).values() for text in many]
+    return [stacks["exact"].chat_ids([{"role": "user", "content": text}]) for many in spec(10).values() for text in many]
 
 
 def test_exact_logits_are_those_of_the_dequantised_model(stacks, prompts):

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "src" / "hasten"
 
 METHOD_FOLDERS = ("draft", "unmask", "logits", "compress", "reduce", "arch", "embed", "privacy")
 RANKS = {
-    **dict.fromkeys(("errors", "registry", "types", "text", "engine.limits"), 0),
+    **dict.fromkeys(("errors", "registry", "types", "text", "budget", "engine.limits"), 0),
     **dict.fromkeys(("engine", "worlds"), 1),
     **dict.fromkeys(("kernels", "union", "policy", "scoring"), 2),
     "models": 3,
@@ -45,7 +45,7 @@ BANNED_CALLS = frozenset(
     )
 )
 BANNED_WORDS = frozenset(("trust_remote_code", "allow_pickle"))
-# Libraries that raise bare Exception for bad input, and the command's last line of defence: (file, function).
+# Libraries that raise bare Exception for bad input, and last lines of defence: the command's, the server's threads'.
 BROAD_EXCEPTS = frozenset(
     (
         ("models/tokenizer.py", "from_dir"),
@@ -54,6 +54,11 @@ BROAD_EXCEPTS = frozenset(
         ("models/hf.py", "load_adapted"),
         ("models/hf.py", "_probe"),
         ("cli/__init__.py", "main"),
+        ("serve/worker.py", "_turn"),
+        ("serve/worker.py", "_add"),
+        ("serve/worker.py", "_call"),
+        ("serve/worker.py", "_advance"),
+        ("serve/sse.py", "_send"),
     )
 )
 

@@ -64,7 +64,7 @@ def prompts(llm: LLM, per_group: int, seeds: Sequence[int] = SEEDS, groups: Sequ
     for seed in seeds:
         drawn = draws(per_group, seed, tuple(groups)) if groups else draws(per_group, seed)
         for group, texts in drawn.items():
-            out += [Prompt(seed, group, tuple(llm._chat_ids([{"role": "user", "content": text}]))) for text in texts]
+            out += [Prompt(seed, group, tuple(llm.chat_ids([{"role": "user", "content": text}]))) for text in texts]
     return out
 
 

@@ -15,7 +15,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from hasten.engine.budget import Budget, select
+from hasten.budget import Budget, select
 from hasten.engine.cache import Past, RowCache
 from hasten.engine.contracts import (
     EMPTY_DRAFT,

@@ -233,8 +233,8 @@ class CanvasLoop:
             canvas.state = one.row
             if self._show(canvas, one):
                 return
-        if self.provisional and canvas.seen is None and forwards and canvas.state.left:
-            self._guess(canvas, forwards[0])
+        if self.provisional and forwards and canvas.state.left:
+            self._guess(canvas, canvas.seen or forwards[0])
 
     def _show(self, canvas: Canvas, taken: Taken) -> bool:
         """Tell the trace of a step's commits and release the text that is final now; True when the canvas has ended."""

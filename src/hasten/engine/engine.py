@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
+from hasten.budget import PassCost
 from hasten.engine.ar import AutoregressiveLoop, Row
-from hasten.engine.budget import PassCost
 from hasten.engine.cache import RowCache
 from hasten.engine.canvas import Canvas, CanvasLoop
 from hasten.engine.contracts import Backbone, Drafter, Law, LogitsRule

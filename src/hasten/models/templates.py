@@ -13,15 +13,18 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from types import FrameType
 from typing import Any
 
 import jinja2
+from jinja2 import meta, nodes
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from hasten.engine.limits import LIMITS
 from hasten.errors import ConfigError, FormatError, out_of_range
+from hasten.models.messages import CALL_OPEN, Knowledge, prepared
 
 _OPEN, _CLOSE, _BASE = "\ue0f0", "\ue0f1", 0xE100
 _ESCAPE = re.compile(f"{_OPEN}(.){_CLOSE}", re.DOTALL)
@@ -90,25 +93,84 @@ class ChatTemplate:
         self._constants = dict(constants)
         texts = sorted((re.escape(text) for text in special if text), key=len, reverse=True)
         self._dangerous = re.compile("|".join([*texts, _OPEN, _CLOSE]))
+        environment = _environment()
         try:
-            self._template = _environment().from_string(source)
+            tree = environment.parse(source)
+            self._reads = meta.find_undeclared_variables(tree)
+            self._template = environment.from_string(source)
         except (jinja2.TemplateError, RecursionError) as error:
             raise FormatError(f"the chat template cannot be compiled: {error}", field="chat_template") from None
+        strings = [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
+        written = "\n".join([*strings, *(node.data for node in tree.find_all(nodes.TemplateData))])
+        # Its own words for tools are used only where they are those that answers are read in; `<function=` is another form.
+        hermes = CALL_OPEN in written and "arguments" in written and "<function=" not in written
+        self._tools = "tools" in self._reads and "tool" in strings and hermes
+        self._developer = "developer" in strings
 
-    def render(self, messages: Sequence[Mapping[str, object]], generation_prompt: bool) -> list[tuple[str, bool]]:
+    @cached_property
+    def _takes_system(self) -> bool:
+        """Whether a system message reaches the text; tried, because templates say no in many ways."""
+        probe = [{"role": "system", "content": "probe"}, {"role": "user", "content": "x"}]
+        try:
+            return "probe" in self._written({"messages": probe, "add_generation_prompt": True, "tools": None})
+        except ConfigError:
+            return False
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        generation_prompt: bool,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        options: Mapping[str, object] | None = None,
+    ) -> list[tuple[str, bool]]:
         """Pieces (text, trusted): trusted text may hold special tokens, the rest is ordinary text whatever it says.
 
-        Raises ConfigError when messages are malformed, or the template refuses them or exceeds its bounds.
+        `tools` are OpenAI's {"type": "function", "function": {...}}; `options` may hold `enable_thinking` and
+        `add_generation_prompt`. Raises ConfigError when messages or options are malformed, or the template refuses them or
+        exceeds its bounds.
         """
+        variables: dict[str, object] = {"add_generation_prompt": generation_prompt, **self._options(options or {})}
+        system = self._tools or not tools or self._takes_system
+        said, offered = prepared(messages, tools, Knowledge(self._tools, self._developer, system))
         literals: list[str] = []
-        safe = [self._escaped(message, literals) for message in _checked(messages)]
+        try:
+            variables = {name: self._escaped(value, literals) for name, value in variables.items()}
+            variables |= {"messages": self._escaped(said, literals), "tools": self._escaped(offered, literals)}
+        except RecursionError:
+            raise ConfigError("messages or tools are nested too deeply", field="messages") from None
+        pieces: list[tuple[str, bool]] = []
+        for i, piece in enumerate(_ESCAPE.split(self._written(variables))):
+            if i % 2 == 0:
+                pieces.append((piece, True))
+            elif ord(piece) - _BASE < len(literals):
+                pieces.append((literals[ord(piece) - _BASE], False))
+        return [(text, trusted) for text, trusted in pieces if text]
+
+    def _options(self, options: Mapping[str, object]) -> dict[str, object]:
+        """The allowed options, checked: nothing else that a request says becomes a variable of the template."""
+        for name, value in options.items():
+            if name == "add_generation_prompt":
+                if not isinstance(value, bool):
+                    raise out_of_range("chat_template_kwargs.add_generation_prompt", value, "true or false")
+            elif name != "enable_thinking":
+                allowed = "add_generation_prompt, enable_thinking"
+                message = f"chat_template_kwargs has {str(name)[:40]!r}; allowed are {allowed}"
+                raise ConfigError(message, field="chat_template_kwargs")
+            elif not (value is None or isinstance(value, (str, bool, int, float))):
+                raise out_of_range("chat_template_kwargs.enable_thinking", value, "true, false, null, a number or a string")
+            elif value and name not in self._reads:
+                message = "chat_template_kwargs.enable_thinking: the model's chat template has no such switch"
+                raise ConfigError(message, hint="leave it out, or false", field="chat_template_kwargs.enable_thinking")
+        return dict(options)
+
+    def _written(self, variables: Mapping[str, Any]) -> str:
+        """The template's text for these variables, within the bounds on time and size."""
         previous = sys.gettrace()
         sys.settrace(_deadline(LIMITS.template_s))
         try:
             parts, size = [], 0
-            for part in self._template.generate(
-                messages=safe, add_generation_prompt=generation_prompt, tools=None, documents=None, **self._constants
-            ):
+            for part in self._template.generate({**self._constants, "documents": None, **variables}):
                 size += len(part)
                 if size > LIMITS.template_chars:
                     raise SecurityError(f"the template writes more than {LIMITS.template_chars} characters")
@@ -121,20 +183,14 @@ class ChatTemplate:
             raise ConfigError("the chat template failed: it needs too much memory", field="messages") from None
         finally:
             sys.settrace(previous)
-        pieces: list[tuple[str, bool]] = []
-        for i, piece in enumerate(_ESCAPE.split("".join(parts))):
-            if i % 2 == 0:
-                pieces.append((piece, True))
-            elif ord(piece) - _BASE < len(literals):
-                pieces.append((literals[ord(piece) - _BASE], False))
-        return [(text, trusted) for text, trusted in pieces if text]
+        return "".join(parts)
 
     def _escaped(self, value: Any, literals: list[str]) -> Any:
         """`value` with every dangerous run of text inside its strings replaced by an escape."""
         if isinstance(value, str):
             return self._dangerous.sub(lambda match: self._escape(match.group(), literals), value)
         if isinstance(value, Mapping):
-            return {key: self._escaped(item, literals) for key, item in value.items()}
+            return {self._escaped(key, literals): self._escaped(item, literals) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [self._escaped(item, literals) for item in value]
         return value
@@ -146,18 +202,3 @@ class ChatTemplate:
             if len(literals) > 0x100:
                 raise ConfigError("messages hold more than 256 kinds of special-token text", field="messages")
         return f"{_OPEN}{chr(_BASE + literals.index(text))}{_CLOSE}"
-
-
-def _checked(messages: object) -> Sequence[Mapping[str, object]]:
-    """Messages as a list of {"role": str, "content": str, ...}; raises ConfigError naming the first that is not."""
-    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence) or not messages:
-        raise out_of_range("messages", messages, "a non-empty list of {role, content}")
-    if len(messages) > LIMITS.messages:
-        raise out_of_range("messages", f"{len(messages)} messages", f"at most {LIMITS.messages}")
-    for i, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise out_of_range(f"messages[{i}]", message, "an object with role and content")
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                raise out_of_range(f"messages[{i}].{key}", message.get(key), "a string")
-    return messages

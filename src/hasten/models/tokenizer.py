@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,7 @@ class Tokenizer:
         special: Sequence[int] = (),
     ) -> None:
         self._fast = fast
+        self._encoding = threading.Lock()
         self.bos_id, self.eos_ids, self.pad_id, self.add_bos = bos_id, tuple(eos_ids), pad_id, add_bos
         self.mask_id = mask_id
         added = fast.get_added_tokens_decoder()
@@ -237,16 +239,25 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError:
             raise ConfigError("text holds half of a surrogate pair, which no encoding can express", field="text") from None
-        self._fast.encode_special_tokens = not special
-        ids = self._fast.encode(text, add_special_tokens=False).ids
+        with self._encoding:  # the switch belongs to the whole tokenizer: another thread must not turn it between the two
+            self._fast.encode_special_tokens = not special
+            ids = self._fast.encode(text, add_special_tokens=False).ids
         if (self.add_bos if bos is None else bos) and self.bos_id is not None:
             ids = [self.bos_id, *ids]
         return list(ids)
 
-    def chat(self, messages: Sequence[Mapping[str, object]], *, generation_prompt: bool = True) -> list[int]:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        options: Mapping[str, object] | None = None,
+    ) -> list[int]:
         """Ids of a conversation through the model's chat template; contents are data, whatever they look like.
 
-        Raises ConfigError when the model has no template or the messages are malformed.
+        `tools` and `options` as `ChatTemplate.render` takes them. Raises ConfigError when the model has no template, or the
+        messages are malformed.
         """
         if self.chat_template is None:
             raise ConfigError(
@@ -264,7 +275,7 @@ class Tokenizer:
             constants = {name: self.token_text(i) for name, i in names.items() if i is not None}
             self._template = ChatTemplate(self.chat_template, texts, {"bos_token": "", "eos_token": "", **constants})
         ids: list[int] = []
-        for text, trusted in self._template.render(messages, generation_prompt):
+        for text, trusted in self._template.render(messages, generation_prompt, tools=tools, options=options):
             ids += self.encode(text, bos=False, special=trusted)
         return ids
 

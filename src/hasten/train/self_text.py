@@ -189,7 +189,7 @@ def write(
     for temperature in temperatures:
         if not 0.0 <= temperature <= 2.0:
             raise out_of_range("temperatures", temperature, "in [0, 2]")
-    chats = [(i, llm._chat_ids([{"role": "user", "content": text}])) for i, text in enumerate(messages)]
+    chats = [(i, llm.chat_ids([{"role": "user", "content": text}])) for i, text in enumerate(messages)]
     chats = [(i, ids) for i, ids in chats if len(ids) <= max_prompt]
     done = Texts.load(path) if path is not None and path.exists() else Texts(
         torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)

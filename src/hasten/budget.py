@@ -3,16 +3,16 @@
 A pass over R rows and K nodes takes t(R + K) seconds and commits R tokens plus one for every accepted node. `PassCost`
 learns t from the passes themselves, `Acceptance` how often the nodes of one drafter are right, and `Budget` keeps the
 nodes that maximise tokens per second. Nothing here changes what is decoded, only how much of a draft is looked at; K = 0
-is always a choice, and the choice depends on past cycles and on the draft's own scores alone.
+is always a choice, and the choice depends on past cycles and on the draft's own scores alone. Standard library only: of a
+draft and its drafter it asks no more than the two protocols below, so that the engine can stand on it.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-
-from hasten.engine.contracts import Draft, Drafter
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol, TypeVar
 
 # few sizes, so that each is soon known; with the root 32 tokens, the most of which attention treats all alike
 GRID = (*range(9), *range(10, 17, 2), 20, 24, 28, 31, *range(40, 257, 8))
@@ -27,6 +27,46 @@ _KEEP = 0.98  # weight of a bin's past against its next observation: about 50 ob
 _ROW = 6.0  # observations by which one row's acceptance is drawn to that of all rows
 _PRIOR = 4.0  # observations that the drafter's own score is worth
 CHEAP = 0.04  # share of a plain pass that drafting may take before it is weighed before it is done
+
+
+class Draft(Protocol):
+    """What is asked of a draft here; `hasten.engine.contracts.Draft` is one, and says what the fields mean."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The nodes' tokens."""
+
+    @property
+    def parents(self) -> tuple[int, ...]:
+        """The nodes' parents, -1 = root."""
+
+    @property
+    def q(self) -> Mapping[int, Any] | None:
+        """Expanded parent -> what its children were drawn from."""
+
+    @property
+    def order(self) -> tuple[int, ...] | None:
+        """Nodes in draw order."""
+
+    @property
+    def scores(self) -> tuple[float, ...] | None:
+        """The drafter's own estimate of each node's chance."""
+
+    def __len__(self) -> int:
+        """The number of nodes."""
+
+
+class Drafter(Protocol):
+    """What is asked of a drafter here; `hasten.engine.contracts.Drafter` is one."""
+
+    @property
+    def draws(self) -> str:
+        """How siblings were chosen; "point" when nothing was drawn at random."""
+
+
+AnyDraft = TypeVar("AnyDraft", bound=Draft)
 
 
 @dataclass(slots=True)
@@ -207,7 +247,7 @@ def paths(draft: Draft, chances: Sequence[float]) -> list[float]:
     return out
 
 
-def select(draft: Draft, nodes: Sequence[int]) -> Draft:
+def select(draft: AnyDraft, nodes: Sequence[int]) -> AnyDraft:
     """The draft with these nodes in this order (every node's parent among them, and before it)."""
     if len(nodes) == len(draft) and list(nodes) == list(range(len(draft))):
         return draft
@@ -217,7 +257,7 @@ def select(draft: Draft, nodes: Sequence[int]) -> Draft:
     order = tuple(place[i] for i in draft.order if i in place) if draft.order is not None else None
     scores = tuple(draft.scores[i] for i in nodes) if draft.scores is not None else None
     parents = tuple(place[draft.parents[i]] for i in nodes)
-    return Draft(tuple(draft.tokens[i] for i in nodes), parents, q, order, scores)
+    return replace(draft, tokens=tuple(draft.tokens[i] for i in nodes), parents=parents, q=q, order=order, scores=scores)
 
 
 def deepest_first(draft: Draft, nodes: Sequence[int]) -> list[int]:
@@ -307,7 +347,7 @@ class Budget:
         book.blind, book.rest = 0, min(2 * book.rest, 128)  # times change: look again, ever more rarely
         return True
 
-    def keep(self, rows: int, fixed: int, drafts: Sequence[tuple[int, Drafter, Draft]]) -> list[Draft]:
+    def keep(self, rows: int, fixed: int, drafts: Sequence[tuple[int, Drafter, AnyDraft]]) -> list[AnyDraft]:
         """The part of each (row, drafter, draft) that pays, chosen over all rows of the pass at once.
 
         `rows` take part in the pass, `fixed` tokens are in it besides one per row. Sampled drafts stay whole.

@@ -12,7 +12,7 @@ from drafters import Clock, Oracle, RandomTree, Stub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hasten.engine.budget import GRID, Acceptance, Budget, PassCost, deepest_first, paths, select
+from hasten.budget import GRID, Acceptance, Budget, PassCost, deepest_first, paths, select
 from hasten.engine.contracts import Draft
 from hasten.engine.engine import PLAIN, Parts
 from hasten.types import Request, SamplingParams

@@ -1,0 +1,97 @@
+"""`hasten serve`: models behind the OpenAI API, a page to look at, metrics."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hasten.cli._shared import Activations, Backbone, Cache, Dtype, Threads, Weights, check_methods
+from hasten.errors import ConfigError
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command("serve")(serve)
+
+
+def serve(
+    models: Annotated[
+        list[str], typer.Argument(help="Catalog names, directories, hub ids, .gguf or .safetensors files; one or more.")
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen on; off this machine only with a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
+    alias: Annotated[
+        list[str] | None, typer.Option("--model-alias", help="A further name for a model, ALIAS=MODEL (repeatable).")
+    ] = None,
+    key_file: Annotated[
+        Path | None, typer.Option(help="File of API keys, one per line; HASTEN_KEY in the environment is one more.")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="A host name under which this server is called (repeatable).")
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="How requests decode that do not say (repeatable; see `methods`).")
+    ] = None,
+    i_know: Annotated[bool, typer.Option("--i-know", help="Listen off this machine without a key.")] = False,
+    prefix_cache: Annotated[bool, typer.Option(help="Keep the keys of prompts for later ones that begin alike.")] = True,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    log_json: Annotated[bool, typer.Option("--log-json", help="Log one JSON object per line.")] = False,
+    dtype: Dtype = "auto",
+    backbone: Backbone = "auto",
+    activations: Activations = "exact",
+    cache: Cache = "float32",
+    weights: Weights = "stored",
+    threads: Threads = None,
+    force: Annotated[bool, typer.Option("--force", help="Load although the memory check refuses.")] = False,
+) -> None:
+    """Serve models over the OpenAI API, with a page at / and metrics at /metrics."""
+    from hasten.serve.run import named, run
+    from hasten.serve.settings import Settings
+
+    chosen = tuple(method or ["auto"])
+    check_methods(chosen)
+    aliases = dict(_pair(one) for one in alias or ())
+    settings = Settings(
+        host=host,
+        port=port,
+        keys=_keys(key_file),
+        hosts=tuple(allow_host or ()),
+        aliases=aliases,
+        method=chosen,
+        open_network=i_know,
+        prefix_cache=prefix_cache,
+    )
+    options = {
+        "dtype": dtype, "backbone": backbone, "activations": activations, "cache": cache, "weights": weights,
+        "threads": threads, "force": force,
+    }  # fmt: skip
+    sources = named(models, aliases, options)
+    if not settings.loopback and not settings.keys:
+        print("warning: everybody who can reach this machine can use the server (--i-know)", file=sys.stderr)
+    run(sources, settings, log_level=log_level, log_json=log_json)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, model = text.partition("=")
+    if not name or not equals or not model:
+        raise ConfigError(f"--model-alias {text!r} is not ALIAS=MODEL", field="alias")
+    return name, model
+
+
+def _keys(path: Path | None) -> tuple[str, ...]:
+    """Keys of the environment and of the file; raises ConfigError when the file holds none or others can read it."""
+    keys = [os.environ["HASTEN_KEY"]] if os.environ.get("HASTEN_KEY") else []
+    if path is not None:
+        try:
+            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"the key file cannot be read ({error})", field="key_file") from None
+        found = [line for line in lines if line and not line.startswith("#")]
+        if not found:
+            raise ConfigError(f"{path} holds no key", hint="one key per line", field="key_file")
+        keys += found
+    return tuple(dict.fromkeys(keys))

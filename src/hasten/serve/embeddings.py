@@ -1,0 +1,61 @@
+"""POST /v1/embeddings."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse
+
+from hasten.errors import out_of_range
+from hasten.serve import generation
+from hasten.serve.completions import ids, listed
+from hasten.serve.protocol import EmbeddingBody
+
+if TYPE_CHECKING:
+    from hasten.llm import LLM
+
+router = APIRouter()
+
+
+@router.post("/v1/embeddings", response_model=None)
+async def embed(body: EmbeddingBody, request: Request) -> JSONResponse:
+    """One vector per input: the final hidden states' mean, or the last token's, of length 1."""
+    worker = request.app.state.worker
+    model = generation.resolve(worker, body.model)
+    llm = worker.llm(model)
+    made = await worker.prepare(lambda: [ids(llm, text) for text in listed(body.input)])
+    work = worker.call(model, lambda loaded: vectors(loaded, made, body))
+    found = await generation.until_gone(request, work)
+    count = sum(map(len, made))
+    data = [{"object": "embedding", "index": i, "embedding": _written(v, body)} for i, v in enumerate(found)]
+    usage = {"prompt_tokens": count, "total_tokens": count}
+    return JSONResponse({"object": "list", "data": data, "model": body.model, "usage": usage})
+
+
+def vectors(llm: LLM, texts: Sequence[Sequence[int]], body: EmbeddingBody) -> Generator[None, None, list[Any]]:
+    """The vectors of token ids, float32 [hidden] each; yields between chunks, so that other requests go on."""
+    from hasten.scoring import pooled
+
+    out = []
+    for one in texts:
+        state = yield from pooled(llm.model, llm.engine.scheduler.pool, one, last=body.hasten.pooling == "last")
+        vector = state.numpy()
+        if body.dimensions is not None and body.dimensions > len(vector):
+            raise out_of_range("dimensions", body.dimensions, f"at most the model's {len(vector)}")
+        vector = vector[: body.dimensions]
+        if body.hasten.normalize:
+            vector = vector / max(float(np.linalg.norm(vector)), 1e-12)
+        out.append(vector)
+        yield
+    return out
+
+
+def _written(vector: Any, body: EmbeddingBody) -> str | list[float]:
+    if body.encoding_format == "base64":
+        return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+    numbers: list[float] = vector.tolist()
+    return numbers

@@ -1,0 +1,137 @@
+"""Running a server: models under their names, uvicorn with bounds on headers, a drain when it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from hasten.engine.limits import LIMITS
+from hasten.errors import ConfigError
+from hasten.serve import logs
+from hasten.serve.app import build_app
+from hasten.serve.settings import NAME, Settings
+from hasten.serve.worker import Worker
+
+if TYPE_CHECKING:
+    from hasten.llm import LLM
+
+
+class TimedH11(H11Protocol):
+    """uvicorn's HTTP/1.1 with a time for the headers: a client that sends them byte by byte is cut off."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """Start the clock of the first request."""
+        super().connection_made(transport)
+        self._late = self.loop.call_later(LIMITS.body_s, self._cut)
+
+    def handle_events(self) -> None:
+        """Stop the clock when a request has begun; uvicorn itself closes connections that stay idle after one."""
+        super().handle_events()
+        if self.cycle is not None and self._late is not None:
+            self._late.cancel()
+            self._late = None
+        elif self.cycle is not None and self.cycle.response_complete and self.conn.trailing_data[0] and self._late is None:
+            self._late = self.loop.call_later(LIMITS.body_s, self._cut)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is over."""
+        if self._late is not None:
+            self._late.cancel()
+        super().connection_lost(exc)
+
+    def _cut(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which takes no further request from the moment a signal asks it to stop."""
+
+    def __init__(self, config: uvicorn.Config, worker: Worker) -> None:
+        super().__init__(config)
+        self._worker = worker
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """Drain on the first signal; a second one ends at once."""
+        if self._worker.state == "draining" and sig == signal.SIGINT:
+            self.force_exit = True
+        self._worker.drain()
+        super().handle_exit(sig, frame)
+
+
+def named(models: Sequence[str], aliases: Mapping[str, str], options: Mapping[str, Any]) -> dict[str, Callable[[], LLM]]:
+    """Name -> function that loads it. A path is served under its last part, without the suffix.
+
+    Raises ConfigError for two models of one name and for aliases of models that are not served.
+    """
+    import hasten
+
+    out: dict[str, Callable[[], LLM]] = {}
+    for model in models:
+        name = model if NAME.match(model) and not model.endswith((".gguf", ".safetensors")) else Path(model).name
+        name = name.removesuffix(".gguf").removesuffix(".safetensors")
+        if not NAME.match(name):
+            raise ConfigError(f"model {model!r} gives no name to serve it under", hint="rename it", field="models")
+        if name in out:
+            raise ConfigError(f"two models would be served as {name!r}", hint="rename one", field="models")
+        out[name] = partial(hasten.load, model, **options)
+    for alias, model in aliases.items():
+        if model not in out:
+            raise ConfigError(f"alias {alias!r} means {model!r}, which is not served", field="alias")
+        if alias in out:
+            raise ConfigError(f"alias {alias!r} is the name of a model", field="alias")
+    return out
+
+
+def config(app: Any, settings: Settings) -> uvicorn.Config:
+    """uvicorn's settings: bounded headers and connections, no access log of its own, no server header."""
+    return uvicorn.Config(
+        app,
+        host=settings.host.strip("[]"),
+        port=settings.port,
+        http=TimedH11,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=LIMITS.connections,
+        backlog=LIMITS.connections,
+        h11_max_incomplete_event_size=LIMITS.http_header_bytes,
+        timeout_keep_alive=int(LIMITS.body_s),
+        timeout_graceful_shutdown=int(LIMITS.drain_s),
+    )
+
+
+def run(
+    sources: Mapping[str, Callable[[], LLM]], settings: Settings, *, log_level: str = "info", log_json: bool = False
+) -> None:
+    """Serve until a signal; raises ConfigError when the port is taken, HastenError when a model cannot be loaded."""
+    logs.configure(log_level, log_json)
+    worker = Worker(sources, settings)
+    server = Server(config(build_app(worker, settings), settings), worker)
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((settings.host.strip("[]"), settings.port))
+        except OSError as error:
+            raise ConfigError(
+                f"{settings.host}:{settings.port} cannot be listened on ({error.strerror})",
+                hint="another server may be running; --port chooses another",
+                field="port",
+            ) from None
+        port = listener.getsockname()[1]
+        scheme = "http"
+        logs.say(f"hasten serves {', '.join(sources)} on {scheme}://{settings.host}:{port}")
+        server.run([listener])
