@@ -75,9 +75,7 @@ def run_batch(
                     "model": model, "name": name, "method": list(method), "load": {**load, "threads": threads},
                     "workers": workers,
                 }  # fmt: skip
-                answer_apart(
-                    batch, lines, results, step, spec, count=workers, threads=threads, address=ray_address
-                )
+                answer_apart(batch, lines, results, step, spec, count=workers, threads=threads, address=ray_address)
             else:
                 asyncio.run(_here(open_model(), name, tuple(method), lines, results, step))
         return Summary(len(seen.ids), len(results.answered) - before, results.failed)

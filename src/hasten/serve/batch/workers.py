@@ -6,7 +6,10 @@ had not handed over are answered anew; as an answer depends on its line alone, i
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -43,8 +46,6 @@ class LineWorker:
 
     async def __call__(self, block: Mapping[str, Sequence[Any]]) -> dict[str, list[str]]:
         """Answers as JSON text for the lines of a block, in their order."""
-        import asyncio
-
         if self._entered is None:
             self._entered = asyncio.ensure_future(self._answering.__aenter__())
         await asyncio.shield(self._entered)
@@ -70,9 +71,7 @@ def answer_apart(
     MissingExtraError without Ray, HastenError when workers cannot load the model or keep dying.
     """
     runs = list(stretches(lines))
-    with cluster(address, count * threads) as ray:
-        import logging
-
+    with cluster(address, count * threads + 1) as ray:  # one for reading
         import ray.data as data
 
         logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -88,16 +87,22 @@ def answer_apart(
             num_cpus=0,
             resources={f"node:{here}": 0.001},  # read where the file is
         ).repartition(target_num_rows_per_block=_BLOCK)
-        answered = source.map_batches(
-            LineWorker,
-            fn_constructor_args=(dict(spec),),
-            batch_size=None,
-            compute=data.ActorPoolStrategy(size=count, max_tasks_in_flight_per_actor=AHEAD // _BLOCK),
-            num_cpus=threads,
-            max_concurrency=AHEAD // _BLOCK,
-            max_restarts=_DEATHS,
-            max_task_retries=_RETRIES,
+        pool = data.ActorPoolStrategy(
+            size=count,
+            max_tasks_in_flight_per_actor=AHEAD // _BLOCK,
+            max_concurrent_calls_per_actor=AHEAD // _BLOCK,
         )
+        with warnings.catch_warnings():  # Ray 2.60 to 2.63 have no other way to say that a line may not kill for ever
+            warnings.simplefilter("ignore", DeprecationWarning)
+            answered = source.map_batches(
+                LineWorker,
+                fn_constructor_args=(dict(spec),),
+                batch_size=None,
+                compute=pool,
+                num_cpus=threads,
+                max_restarts=_DEATHS,
+                max_task_retries=_RETRIES,
+            )
         try:
             for batch in answered.iter_batches(batch_size=None, prefetch_batches=0):
                 for text in batch["row"]:
