@@ -14,7 +14,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from hasten.errors import HastenError
-from hasten.types import Event, MethodCard, Output, Request, SamplingParams, Usage
+from hasten.types import Event, Grammar, MethodCard, Output, Request, SamplingParams, Usage
 
 if TYPE_CHECKING:
     from hasten.llm import LLM, Score, load
@@ -27,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "Event",
+    "Grammar",
     "HastenError",
     "MethodCard",
     "Output",

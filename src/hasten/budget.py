@@ -26,6 +26,10 @@ _BINS = 20  # bins of a drafter's scores
 _KEEP = 0.98  # weight of a bin's past against its next observation: about 50 observations count
 _ROW = 6.0  # observations by which one row's acceptance is drawn to that of all rows
 _PRIOR = 4.0  # observations that the drafter's own score is worth
+_SLOWER = 3.0  # rows that decode wait for prompts at most so many times as long as their own pass takes
+_LEAST_READ = 32  # prompt tokens of a pass at least: fewer cost nearly as much
+_READ = 64  # as long as nothing was measured
+_PAST = 0.8  # weight of what was measured before against the newest pass
 CHEAP = 0.04  # share of a plain pass that drafting may take before it is weighed before it is done
 
 
@@ -303,6 +307,10 @@ class Budget:
             found = self._books[id(drafter)] = _Book(drafter)
         return found
 
+    def plain(self, rows: int) -> float:
+        """Seconds of a pass of so many rows without drafts, or of the most rows below that were measured; 0 if none were."""
+        return next((seconds for n in range(rows, 0, -1) if (seconds := self.cost(n, n))), 0.0)
+
     def ask(self, drafter: Drafter, caps: Sequence[int]) -> list[int]:
         """Nodes to ask of `drafter` for each row, at most `caps`; all zeros: do not ask it this time.
 
@@ -379,3 +387,40 @@ class Budget:
             select(draft, deepest_first(draft, chosen[i])) if drafter.draws == "point" else draft
             for i, (_, drafter, draft) in enumerate(drafts)
         ]
+
+
+class ReadingCost:
+    """What prompt tokens take beside what else a pass does, as measured, and how many of them a pass may read."""
+
+    def __init__(self) -> None:
+        self.token_s = 0.0
+
+    def record(self, tokens: int, seconds: float) -> None:
+        """`tokens` prompt tokens made a pass so much longer."""
+        if tokens >= _LEAST_READ and seconds > 0:
+            new = seconds / tokens
+            self.token_s = new if not self.token_s else _PAST * self.token_s + (1 - _PAST) * new
+
+    def room(self, decoding_s: float) -> int:
+        """Prompt tokens of a pass whose decoding rows alone take `decoding_s` (0 = not known)."""
+        if not self.token_s or not decoding_s:
+            return _READ
+        return max(_LEAST_READ, int(_SLOWER * decoding_s / self.token_s))
+
+
+def shares(pending: Sequence[int], room: int, most: int) -> list[int]:
+    """Tokens that each prompt may read in a pass with room for `room`, given their unread tokens in order of arrival.
+
+    The first one has half of the room to itself, so that none starves; the rest goes to the shortest first. None gets
+    more than `most`.
+    """
+    given = [0] * len(pending)
+    room = max(0, room)
+    if pending:
+        given[0] = min(pending[0], most, -(-room // 2))
+        room -= given[0]
+    for i in sorted(range(len(pending)), key=lambda i: pending[i] - given[i]):
+        more = min(pending[i] - given[i], most - given[i], room)
+        given[i] += more
+        room -= more
+    return given

@@ -55,8 +55,20 @@ class UnsupportedError(HastenError):
     """The input is well formed but asks for something this version of hasten does not do."""
 
 
+class RuleError(HastenError):
+    """A logit rule cannot decide a token: the request that asked for it ends, and no other is touched."""
+
+
 class MemoryFitError(HastenError):
     """Loading or admitting this would not fit into memory; the message carries the numbers in bytes."""
+
+
+class BusyError(HastenError):
+    """There is not enough free memory right now; try again in `retry_after_s` seconds."""
+
+    def __init__(self, message: str, *, hint: str = "", field: str = "", retry_after_s: float = 1.0) -> None:
+        super().__init__(message, hint=hint, field=field)
+        self.retry_after_s = retry_after_s
 
 
 class DownloadError(HastenError):

@@ -3,33 +3,44 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from hasten import registry
 from hasten.engine.limits import LIMITS
 from hasten.errors import ConfigError, HastenError, IncompatibleError, out_of_range, unknown_name
-from hasten.types import Event, MethodCard, Output, Request, SamplingParams
+from hasten.types import Event, Grammar, MethodCard, Output, Request, SamplingParams
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hasten.engine.contracts import Capabilities, MethodContext
+    from hasten.engine.contracts import Capabilities, LogitsRule, MethodContext
     from hasten.engine.engine import Parts
     from hasten.models.load import Loaded
     from hasten.policy import Policy
 
-T = TypeVar("T")
 Prompt = str | Sequence[int]
 Message = Mapping[str, object]
+Form = Grammar | Mapping[str, Any]  # a mapping is a JSON schema
 AUTO: tuple[str, ...] = ("prompt-lookup", "token-recycling")  # what "auto" drafts with: exact, untrained, any causal model
 TRAINED = ("aded", "fspad")  # and with those of these that were made for the model
 # On the native stack only the first of each: beside its short passes the others take longer than they save (bench/spec.py).
 _SLOT = re.compile(r"<mask:(\d{1,7})>")
 _SAMPLING = tuple(f.name for f in fields(SamplingParams))
+
+
+class Grammars(Protocol):
+    """What compiles grammars (logits/grammar.py)."""
+
+    def compile(self, grammar: Grammar) -> LogitsRule:
+        """The rule of a grammar."""
+
+    def counts(self) -> Any:
+        """What was spent: numbers of grammars and masks, and seconds (logits.grammar.Counts)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,37 +118,61 @@ class LLM:
             decoder=None if self.tokenizer is None else self.tokenizer.stream,
         )
         self._parts: dict[tuple[str, ...], Parts] = {}
+        self._grammars: Grammars | None = None
+        self._lock = threading.Lock()
 
     # --- generation ---
 
-    def generate(self, prompt: Prompt | Sequence[Prompt], *, method: str | Sequence[str] = "auto", **sampling: Any) -> Any:
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        method: str | Sequence[str] = "auto",
+        grammar: Form | None = None,
+        **sampling: Any,
+    ) -> Any:
         """Continue `prompt` (text or token ids): an Output; a list of Outputs when n > 1 or for a list of prompts
         (a list of lists for both). Prompts of a list run together and do not influence one another.
 
         `method`: "auto" (exact methods only), "plain", a slug ("prompt-lookup", with settings "prompt-lookup:nodes=4"),
-        or a list of them. Raises ConfigError naming the field, ContextLengthError, MemoryFitError.
+        or a list of them. `grammar`: the form of the answer, a Grammar, or a JSON schema as a mapping.
+        Raises ConfigError naming the field, ContextLengthError, MemoryFitError.
         """
         many = not isinstance(prompt, str) and len(prompt) > 0 and not isinstance(prompt[0], int)
         prompts: Sequence[Prompt] = prompt if many else [prompt]  # type: ignore[list-item, assignment]
-        requests = [self._request(self._ids(one), method, sampling, one) for one in prompts]
+        requests = [self._request(self._ids(one), method, sampling, one, grammar) for one in prompts]
         outputs = [outs[0] if len(outs) == 1 else outs for outs in self._run(requests)]
         return outputs if many else outputs[0]
 
-    def stream(self, prompt: Prompt, *, method: str | Sequence[str] = "auto", **sampling: Any) -> Iterator[Event]:
+    def stream(
+        self, prompt: Prompt, *, method: str | Sequence[str] = "auto", grammar: Form | None = None, **sampling: Any
+    ) -> Iterator[Event]:
         """The trace events of one request as they happen; closing the iterator aborts it."""
-        request, parts = self._request(self._ids(prompt), method, sampling, prompt)
+        request, parts = self._request(self._ids(prompt), method, sampling, prompt, grammar)
         return self._events(request, parts)
 
-    def chat(self, messages: Sequence[Message], *, method: str | Sequence[str] = "auto", **sampling: Any) -> Any:
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        method: str | Sequence[str] = "auto",
+        grammar: Form | None = None,
+        **sampling: Any,
+    ) -> Any:
         """The assistant's next message for `messages` ({"role", "content"}), through the model's chat template."""
-        outs = self._run([self._request(self.chat_ids(messages), method, sampling)])[0]
+        outs = self._run([self._request(self.chat_ids(messages), method, sampling, grammar=grammar)])[0]
         return outs[0] if len(outs) == 1 else outs
 
     def chat_stream(
-        self, messages: Sequence[Message], *, method: str | Sequence[str] = "auto", **sampling: Any
+        self,
+        messages: Sequence[Message],
+        *,
+        method: str | Sequence[str] = "auto",
+        grammar: Form | None = None,
+        **sampling: Any,
     ) -> Iterator[Event]:
         """As `stream`, for chat messages."""
-        request, parts = self._request(self.chat_ids(messages), method, sampling)
+        request, parts = self._request(self.chat_ids(messages), method, sampling, grammar=grammar)
         return self._events(request, parts)
 
     def fill(self, text: str, *, method: str | Sequence[str] = "auto", **sampling: Any) -> Output:
@@ -172,24 +207,33 @@ class LLM:
 
         results = self.engine.run(requests, watch)
         if failures:
-            raise HastenError(failures[0], hint="check the model file; try dtype='float32'")
+            raise HastenError(failures[0])
         return results
 
     def _events(self, request: Request, parts: Parts) -> Iterator[Event]:
         for event in self.engine.stream(request, parts):
             yield event
             if event.kind == "error":
-                raise HastenError(event.text, hint="check the model file; try dtype='float32'")
+                raise HastenError(event.text)
 
     def _request(
-        self, ids: Sequence[int], method: str | Sequence[str], sampling: Mapping[str, Any], prompt: Prompt = ""
+        self,
+        ids: Sequence[int],
+        method: str | Sequence[str],
+        sampling: Mapping[str, Any],
+        prompt: Prompt = "",
+        grammar: Form | None = None,
     ) -> tuple[Request, Parts]:
         for name in sampling:
             if name not in _SAMPLING:
-                raise unknown_name("option", name, (*_SAMPLING, "method"))
+                raise unknown_name("option", name, (*_SAMPLING, "method", "grammar"))
         names = (method,) if isinstance(method, str) else tuple(method)
         text = prompt if isinstance(prompt, str) else ""
-        return Request(tuple(ids), SamplingParams(**sampling), names, text), self.parts(names)
+        form = Grammar.json_schema(grammar) if isinstance(grammar, Mapping) else grammar
+        if form is not None and not isinstance(form, Grammar):
+            raise out_of_range("grammar", form, "a hasten.Grammar, or a JSON schema as a mapping")
+        request = Request(tuple(ids), SamplingParams(**sampling), names, text, grammar=form)
+        return request, self.parts(names, form)
 
     def _ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -211,14 +255,46 @@ class LLM:
 
     # --- methods ---
 
-    def parts(self, names: tuple[str, ...]) -> Parts:
+    def parts(self, names: tuple[str, ...], grammar: Grammar | None = None) -> Parts:
         """The method parts for these names, built once per LLM; shared drafter state lives as long as the LLM does.
 
-        Raises UnknownNameError, UnsupportedError (planned), IncompatibleError naming both sides.
+        With `grammar` they hold its rule too. Raises UnknownNameError, UnsupportedError (planned), IncompatibleError naming
+        both sides, and as `compile` does.
         """
         if names not in self._parts:
             self._parts[names] = self._build(names)
-        return self._parts[names]
+        parts = self._parts[names]
+        return parts if grammar is None else replace(parts, rules=(*parts.rules, self.compile(grammar)))
+
+    @property
+    def grammars(self) -> Grammars:
+        """What compiles grammars for this model, built when it is first asked for; its `counts()` say what was spent.
+
+        Safe from any thread. Raises IncompatibleError for models that grammars do not work with.
+        """
+        from hasten.engine.contracts import MethodContext
+
+        with self._lock:
+            if self._grammars is None:
+                kind = self.model.capabilities.kind
+                if kind != "causal":
+                    raise IncompatibleError(
+                        f"grammars work from left to right; {self.name!r} is a {kind} model, whose grammars come later",
+                        hint="leave the grammar out, or ask a left-to-right model",
+                        field="grammar",
+                    )
+                self._grammars = cast(
+                    Grammars, registry.build("grammar", MethodContext(self.name, self.model, self.tokenizer))
+                )
+            return self._grammars
+
+    def compile(self, grammar: Grammar) -> LogitsRule:
+        """The logit rule of a grammar, for `Parts.rules`; safe from any thread, beside a running engine.
+
+        Equal grammars are compiled once while they are kept. Raises ConfigError (field "grammar") naming what is not
+        supported, IncompatibleError for models that grammars do not work with.
+        """
+        return self.grammars.compile(grammar)
 
     def forget(self) -> None:
         """Drop every method built so far with what it has learnt; the next request starts cold. Nothing may be running."""
@@ -274,6 +350,10 @@ class LLM:
             raise IncompatibleError(
                 f"method {other.slug!r} plugs into {other.plugs_into!r} and cannot be chosen per request",
                 field="method",
+            )
+        if "grammar" in slugs:
+            raise IncompatibleError(
+                "method 'grammar' needs a grammar", hint="give one: grammar=hasten.Grammar.regex('[0-9]+')", field="method"
             )
         built = [registry.build(name, context) for name in drafters]
         return Parts(
@@ -390,13 +470,14 @@ class LLM:
         """
         import torch
 
-        from hasten.scoring import pooled
+        from hasten.scoring import finish, pooled
 
         if pooling not in ("mean", "last"):
             raise out_of_range("pooling", pooling, "mean or last")
         out = []
         for text in [texts] if isinstance(texts, str) else texts:
-            out.append(_finished(pooled(self.model, self.engine.scheduler.pool, self._ids(text), last=pooling == "last")))
+            work = pooled(self.model, self.engine.scheduler.pool, self._ids(text), last=pooling == "last")
+            out.append(finish(work))
         if not out:
             raise ConfigError("texts is empty; texts must hold at least one text", field="texts")
         stacked = torch.stack(out)
@@ -421,15 +502,6 @@ class LLM:
             "threads": torch.get_num_threads(),
             "backbone": self.model.name,
         }
-
-
-def _finished(work: Generator[None, None, T]) -> T:
-    """The result of work that is done in chunks, with nothing in between."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            return cast("T", end.value)
 
 
 def _check_needs(card: MethodCard, model: str, capabilities: Capabilities) -> None:

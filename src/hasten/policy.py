@@ -1,11 +1,16 @@
-"""The parts of a canvas request as one policy: how they combine, what is refused, and the order of one step."""
+"""The parts of a canvas request and the policy they make: contracts, what is refused, and the order of one step.
+
+One step of a row: raw logits -> logit stages -> candidates and their scores -> score stages -> stop rules that fill ->
+selectors (united) -> commit -> reviser -> stop rules that cut -> the next block's plan. A part is a pure function of
+what it is given: its `history` is returned, never changed, so that drafted steps, batching and preemption can fork it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,19 +21,11 @@ from hasten.engine.parts import (
     FIXED,
     PROMPT,
     SLOT,
-    BlockPlanner,
-    CachePolicy,
-    CanvasPart,
+    Advance,
     CanvasRow,
     Forward,
-    LogitStage,
-    Reviser,
-    Schedule,
-    Scorer,
-    ScoreStage,
-    Selector,
-    Stepper,
-    StopRule,
+    PartRange,
+    StopAction,
     Taken,
     View,
 )
@@ -36,6 +33,118 @@ from hasten.errors import ConfigError, ContextLengthError, IncompatibleError, ou
 from hasten.types import Request, SamplingParams
 
 _Part = TypeVar("_Part")
+
+
+class CanvasPart(Protocol):
+    """Common declarations: a part's name, the positions it reads, and what it breaks.
+
+    `range`: the block, all masked positions that a forward shows, or everything at a block's start.
+    `memoryless`: keeps no history. `lossless`: changes no result. `mutates_committed`: may take back what is final.
+    """
+
+    name: str
+    range: PartRange
+    memoryless: bool
+    lossless: bool
+    mutates_committed: bool
+
+
+class BlockPlanner(CanvasPart, Protocol):
+    """Decides where the next block ends."""
+
+    def plan(self, view: View | None, row: CanvasRow) -> int:
+        """End (exclusive) of the block that starts at row.window[0]; the view is there with range block_start_full."""
+
+
+class Schedule(CanvasPart, Protocol):
+    """How many positions each step of a block commits at least."""
+
+    def quotas(self, row: CanvasRow) -> tuple[int, ...]:
+        """Quotas of the block row.window, summing to its open positions."""
+
+    def planned(self, row: CanvasRow) -> int:
+        """Steps of the whole canvas."""
+
+
+class Scorer(CanvasPart, Protocol):
+    """Draws a candidate per position and scores it."""
+
+    def draw(self, view: View, row: CanvasRow) -> tuple[Tensor, Tensor]:
+        """(x0 [P], score float [P]) from view.changed."""
+
+
+class LogitStage(CanvasPart, Protocol):
+    """Changes logits before candidates are drawn (guidance, grammar, credit)."""
+
+    def apply(self, history: Any, view: View, row: CanvasRow) -> tuple[Any, Tensor]:
+        """(history', logits' [P, vocab])."""
+
+
+class ScoreStage(CanvasPart, Protocol):
+    """Changes the scores by which positions are ranked."""
+
+    def rescore(self, view: View, row: CanvasRow) -> Tensor:
+        """score' [P]."""
+
+
+class Selector(CanvasPart, Protocol):
+    """Chooses the positions to commit; several selectors are united."""
+
+    def select(self, history: Any, view: View, row: CanvasRow, quota: int) -> tuple[Any, Tensor]:
+        """(history', bool [P])."""
+
+
+class Stepper(CanvasPart, Protocol):
+    """Owns the forwards of a step: plain, or drafted states that are checked together."""
+
+    most: int  # branches of one pass at most
+
+    def branches(self, row: CanvasRow, seen: Forward | None, advance: Advance) -> Sequence[CanvasRow]:
+        """States this pass is to compute: [row] alone while nothing was `seen` of it, none when that is enough."""
+
+    def settle(
+        self,
+        row: CanvasRow,
+        seen: Forward | None,
+        branches: Sequence[CanvasRow],
+        forwards: Sequence[Forward],
+        advance: Advance,
+    ) -> tuple[Sequence[Taken], Forward | None]:
+        """The steps taken, in order, and the forward of the last state where it is known."""
+
+
+class Reviser(CanvasPart, Protocol):
+    """Takes back or replaces committed positions of the window."""
+
+    def revise(self, history: Any, view: View, row: CanvasRow) -> tuple[Any, Mapping[int, int | None]]:
+        """(history', position -> replacement token, or None to open it again)."""
+
+
+class StopRule(CanvasPart, Protocol):
+    """Ends a canvas early: before the commits of a step ("fill_all"), or after them ("truncate", "finish")."""
+
+    when: Literal["before", "after"]
+
+    def check(self, view: View, row: CanvasRow, chosen: Tensor) -> tuple[StopAction, int]:
+        """What to do, and the new end for "truncate" (else -1); `chosen` bool [P] are this step's commits."""
+
+
+class CachePolicy(CanvasPart, Protocol):
+    """Which positions a forward recomputes; says when it is exact for a model."""
+
+    stores: bool  # whether keys are kept between forwards
+
+    def exact(self, capabilities: Capabilities) -> bool:
+        """Whether this policy changes no result on such a model."""
+
+    def refresh(self, row: CanvasRow) -> bool:
+        """Whether the next forward must recompute everything."""
+
+    def span(self, row: CanvasRow, refresh: bool, shift: int) -> tuple[int, int]:
+        """Queries [low, high) of the next forward."""
+
+    def length(self, row: CanvasRow, refresh: bool, high: int) -> int:
+        """Positions whose keys stay valid after that forward."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from typing import TypeVar, cast
 
 import torch
 
@@ -13,18 +14,24 @@ from hasten.engine.masks import CAUSAL, FULL, BlockCausal
 from hasten.errors import ContextLengthError, IncompatibleError, out_of_range
 from hasten.types import TokenLogprob
 
+T = TypeVar("T")
+
+
+def finish(work: Generator[None, None, T]) -> T:
+    """The result of work that is done in chunks, with nothing in between."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return cast("T", end.value)
+
 
 def score(backbone: Backbone, pool: CachePool, tokens: Sequence[int], start: int) -> list[float]:
     """Natural-log probabilities of tokens[start:], each given all tokens before it, under the raw distribution.
 
     `start` is at least 1 (the first token has nothing before it). Raises ContextLengthError, MemoryFitError, ConfigError.
     """
-    work = judge(backbone, pool, tokens, start)
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            return [one.logprob for one in end.value]
+    return [one.logprob for one in finish(judge(backbone, pool, tokens, start))]
 
 
 def judge(
@@ -36,7 +43,7 @@ def judge(
     """
     if not 1 <= start <= len(tokens):
         raise out_of_range("start", start, f"in [1, {len(tokens)}]")
-    ids = _checked(backbone, tokens)
+    ids = _checked(backbone, tokens, 1)  # the last one is only predicted
     out: list[TokenLogprob] = []
     cache = pool.open(len(tokens))
     try:
@@ -96,10 +103,10 @@ def pooled(
     return state if last else total / len(tokens)
 
 
-def _checked(backbone: Backbone, tokens: Sequence[int]) -> torch.Tensor:
-    """Token ids int64 [T] within the model's window and vocabulary."""
+def _checked(backbone: Backbone, tokens: Sequence[int], more: int = 0) -> torch.Tensor:
+    """Token ids int64 [T] within the model's window, of which `more` may stick out, and vocabulary."""
     caps = backbone.capabilities
-    if len(tokens) > caps.max_len:
+    if len(tokens) > caps.max_len + more:
         raise ContextLengthError(
             f"{len(tokens)} tokens exceed the model's window of {caps.max_len}", hint="shorten the text", field="text"
         )
@@ -108,3 +115,42 @@ def _checked(backbone: Backbone, tokens: Sequence[int]) -> torch.Tensor:
         wrong = len(tokens) and (int(ids.min()) if int(ids.min()) < 0 else int(ids.max()))
         raise out_of_range("tokens", wrong, f"token ids in [0, {caps.vocab_size - 1}], at least one")
     return ids
+
+
+def bound(
+    backbone: Backbone, prompt: Sequence[int], answer: Sequence[int], *, samples: int = 128, seed: int = 0
+) -> Generator[None, None, float]:
+    """An estimate of a lower bound of log p(answer | prompt) under a masked model (arXiv 2502.09992, equation 14).
+
+    Each Monte-Carlo sample masks k of the L answer tokens, k even over 1..L (spread over the samples), and takes their
+    log-probabilities times L / k. The noise depends on `seed` alone. Yields after each pass. Raises ConfigError,
+    ContextLengthError, IncompatibleError for a model without a mask token.
+    """
+    caps, size = backbone.capabilities, len(answer)
+    if caps.mask_id is None:
+        raise IncompatibleError(f"a {caps.kind} model has no mask token", hint="`score` is exact for it", field="model")
+    if not size or samples < 1:
+        raise out_of_range("answer" if not size else "samples", 0 if not size else samples, "at least 1")
+    ids, start = _checked(backbone, [*prompt, *answer]), len(prompt)
+    seen = FULL if caps.block is None else BlockCausal(caps.block)
+    generator = torch.Generator().manual_seed(seed)
+    offset, total, done = float(torch.rand((), generator=generator)), 0.0, 0
+    while done < samples:
+        if done:
+            yield
+        rows, places = [], []
+        for i in range(done, min(samples, done + max(1, LIMITS.step_tokens // len(ids)))):
+            count = int((offset + i / samples) % 1.0 * size) + 1
+            hidden = torch.randperm(size, generator=generator)[:count].sort().values + start
+            tokens = ids.clone()
+            tokens[hidden] = caps.mask_id
+            wanted = (hidden - caps.logit_shift).clamp(min=0)
+            rows.append(RowInput(tokens, torch.arange(len(ids)), None, seen, tuple(wanted.tolist())))
+            places.append(hidden)
+        logits = backbone.run(rows).logits
+        logits[:, caps.mask_id] = -torch.inf
+        chosen = logits.gather(1, ids[torch.cat(places)][:, None])[:, 0] - logits.logsumexp(-1)
+        for part, hidden in zip(chosen.split([len(p) for p in places]), places, strict=True):
+            total += float(part.sum(dtype=torch.float64)) * size / len(hidden)
+        done += len(rows)
+    return total / samples

@@ -5,6 +5,7 @@ Everything here is frozen, standard-library only and safe to share between threa
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ Exactness = Literal["exact", "distribution", "lossy", "model"]
 FinishReason = Literal["stop", "length", "abort", "error"]
 GrammarKind = Literal["json_schema", "json_object", "regex", "lark", "choice"]
 EventKind = Literal[
-    "prefill", "forward", "draft", "accept", "propose", "commit", "block", "stop", "error"
+    "queue", "prefill", "forward", "draft", "accept", "propose", "commit", "block", "stop", "error"
 ]  # fmt: skip
 
 MAX_SEED = 2**63 - 1
@@ -140,8 +141,8 @@ class Grammar:
     """What an answer must look like.
 
     `source` is a JSON schema (as JSON text), a regex, a Lark grammar or a JSON list of choices; "json_object" is any JSON
-    object, its source empty. Made and checked by `hasten.logits.grammar`; refused there by the
-    JSON path of what is not supported. Equal grammars are compiled once.
+    object, its source empty. Made by the methods named after the kinds; compiled and checked by `hasten.logits.grammar`,
+    which refuses by its JSON path what is not supported. Equal grammars are compiled once.
     """
 
     kind: GrammarKind
@@ -154,6 +155,41 @@ class Grammar:
             raise out_of_range("grammar.source", self.source, "text, and empty for json_object only")
         if len(self.source.encode("utf-8", "replace")) > LIMITS.grammar_bytes:
             raise out_of_range("grammar.source", f"{len(self.source)} characters", f"at most {LIMITS.grammar_bytes} bytes")
+
+    @classmethod
+    def json_schema(cls, schema: Mapping[str, Any] | bool | str) -> Grammar:
+        """JSON that is valid under `schema`: a mapping, or its JSON text; properties are written in the schema's order."""
+        return cls("json_schema", schema if isinstance(schema, str) else _json("schema", schema))
+
+    @classmethod
+    def json_object(cls) -> Grammar:
+        """Any JSON object."""
+        return cls("json_object")
+
+    @classmethod
+    def regex(cls, pattern: str) -> Grammar:
+        """A text that matches `pattern` as a whole."""
+        return cls("regex", pattern)
+
+    @classmethod
+    def lark(cls, source: str) -> Grammar:
+        """A sentence of a Lark grammar; its first rule is named start."""
+        return cls("lark", source)
+
+    @classmethod
+    def choice(cls, choices: Sequence[str]) -> Grammar:
+        """One of `choices`."""
+        if isinstance(choices, (str, bytes)) or not isinstance(choices, Sequence):
+            raise out_of_range("grammar.choice", choices, "a list of strings")
+        return cls("choice", _json("choice", list(choices)))
+
+
+def _json(name: str, value: object) -> str:
+    """`value` as JSON text; raises ConfigError when it is none."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"grammar.{name} is not JSON: {str(error)[:120]}", field="grammar") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +242,7 @@ class Usage:
     `forwards` counts target passes after the prompt was read; the pass that read the prompt yields the first token.
     `computed_tokens` counts query tokens through the target, prompt and rejected drafts included. `draft_s` is the part
     of the time that went into drafting and into choosing how much of a draft to verify, shared among the rows of a pass.
+    `cached_tokens` of the prompt were not computed: their keys were kept from an earlier request.
     """
 
     prompt_tokens: int = 0
@@ -217,6 +254,7 @@ class Usage:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     draft_s: float = 0.0
+    cached_tokens: int = 0
 
     @property
     def tokens_per_forward(self) -> float:
@@ -253,7 +291,9 @@ class Event:
     """One entry of the trace; progress bars, live views, server streams, metrics and tests all read these.
 
     kind
-        prefill: prompt positions were read (`position` = how many are in the cache, `total` = prompt length).
+        queue: the request was added (`position` = requests that wait before it, `total` = rows that run).
+        prefill: prompt positions were read (`position` = how many are in the cache, `total` = prompt length,
+        `cached_tokens` = how many of them were kept from an earlier request).
         forward: one target pass of this row (`total` = its query tokens, `backbone` = what ran it: native or torch).
         draft: nodes proposed (`tokens`, `parents`). accept: the drafted tokens kept (`tokens`).
         propose: a provisional canvas token (`position`, `token`, `confidence`); may still change.
@@ -278,6 +318,7 @@ class Event:
     backbone: str = ""
     logprob: TokenLogprob | None = None
     output: Output | None = None
+    cached_tokens: int = 0
 
 
 def commit_log(events: Iterable[Event]) -> Mapping[int, list[tuple[int, int, int, float]]]:

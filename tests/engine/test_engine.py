@@ -9,13 +9,10 @@ import pytest
 import tiny
 import torch
 from drafters import RandomTree
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from hasten.engine.engine import PLAIN, Engine, Parts
 from hasten.engine.scheduler import QueueFullError
-from hasten.errors import ConfigError, ContextLengthError, HastenError, MemoryFitError
+from hasten.errors import ConfigError, ContextLengthError, MemoryFitError
 from hasten.scoring import score
 from hasten.text import StopText
 from hasten.types import Request, SamplingParams, commit_log
@@ -244,80 +241,6 @@ def test_logits_that_are_not_finite_fail_one_row_only() -> None:
     if 50 not in good.tokens:
         assert outs[1][0].tokens == good.tokens
     assert engine.scheduler.pool.used_bytes == 0
-
-
-def test_a_pass_that_raises_changes_no_row(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = engine.run([(request(), PLAIN)])[0][0].tokens
-    request_id = engine.add(request())
-    engine.step()
-    real = engine.backbone.run
-
-    def broken(*args: object) -> None:
-        raise HastenError("no")
-
-    monkeypatch.setattr(engine.backbone, "run", broken)
-    with pytest.raises(HastenError):
-        engine.step()
-    monkeypatch.setattr(engine.backbone, "run", real)
-    outputs = [e.output for _ in range(40) for e in engine.step() if e.output]
-    assert outputs[0].tokens == expected
-    assert not engine.abort(request_id)
-
-
-class Pool(RuleBasedStateMachine):
-    """add / step / abort / finish in any order, with memory for about three rows: nothing leaks, nothing is lost."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.engine = Engine(MODEL, cache_bytes=300_000, rows=3, queue=4)
-        self.asked: dict[int, int] = {}
-        self.done: dict[int, int] = {}
-        self.aborted: set[int] = set()
-
-    @rule(length=st.integers(1, 60), tokens=st.integers(1, 30), n=st.integers(1, 3), drafted=st.booleans())
-    def add(self, length: int, tokens: int, n: int, drafted: bool) -> None:
-        parts = Parts(RandomTree(tiny.VOCAB), budget=4) if drafted else PLAIN
-        try:
-            rid = self.engine.add(request(tuple(range(length)), max_tokens=tokens, n=n, temperature=1.0), parts)
-        except (QueueFullError, MemoryFitError):
-            return
-        self.asked[rid] = n
-
-    @rule()
-    def step(self) -> None:
-        for event in self.engine.step():
-            if event.kind == "stop":
-                self.done[event.request] = self.done.get(event.request, 0) + 1
-
-    @precondition(lambda self: self.asked)
-    @rule(data=st.data())
-    def abort(self, data: st.DataObject) -> None:
-        rid = data.draw(st.sampled_from(sorted(self.asked)))
-        if self.engine.abort(rid):
-            self.aborted.add(rid)
-        assert not self.engine.abort(rid)
-
-    @invariant()
-    def memory_is_accounted_for(self) -> None:
-        pool = self.engine.scheduler.pool
-        assert pool.used_bytes == sum(row.cache.slab.nbytes for row in self.engine.scheduler.running)
-        assert pool.held_bytes <= pool.budget_bytes
-
-    def teardown(self) -> None:
-        for _ in range(4000):
-            if self.engine.idle:
-                break
-            self.step()
-        self.step()
-        assert self.engine.idle
-        assert self.engine.scheduler.pool.used_bytes == 0
-        for rid, n in self.asked.items():
-            assert self.done.get(rid, 0) == n or rid in self.aborted
-
-
-MODEL = tiny.model()
-TestPool = Pool.TestCase
-TestPool.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
 
 
 def test_confidence_is_a_probability(engine: Engine) -> None:

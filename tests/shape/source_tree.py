@@ -15,7 +15,7 @@ PACKAGE = ROOT / "src" / "hasten"
 
 METHOD_FOLDERS = ("draft", "unmask", "logits", "compress", "reduce", "arch", "embed", "privacy")
 RANKS = {
-    **dict.fromkeys(("errors", "registry", "types", "text", "budget", "engine.limits"), 0),
+    **dict.fromkeys(("errors", "registry", "types", "text", "budget", "failure", "engine.limits"), 0),
     **dict.fromkeys(("engine", "worlds"), 1),
     **dict.fromkeys(("kernels", "union", "policy", "scoring"), 2),
     "models": 3,
@@ -45,9 +45,11 @@ BANNED_CALLS = frozenset(
     )
 )
 BANNED_WORDS = frozenset(("trust_remote_code", "allow_pickle"))
-# Libraries that raise bare Exception for bad input, and last lines of defence: the command's, the server's threads'.
+# Libraries that raise bare Exception for bad input, what must not end other requests' rows, and last lines of defence:
+# the command's, the server's threads'.
 BROAD_EXCEPTS = frozenset(
     (
+        ("failure.py", "contained"),
         ("models/tokenizer.py", "from_dir"),
         ("models/tokenizer.py", "_bpe"),
         ("models/fetch.py", "from_hub"),

@@ -9,180 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import cast
 
-import torch
 from torch import Tensor
 
-from hasten.budget import Budget, select
-from hasten.engine.cache import Past, RowCache
-from hasten.engine.contracts import (
-    EMPTY_DRAFT,
-    NO_NEEDS,
-    Backbone,
-    Draft,
-    Drafter,
-    Feedback,
-    Law,
-    Needs,
-    Pass,
-    Pseudo,
-    RowInput,
-    RowView,
-)
+from hasten.budget import Budget, ReadingCost, select, shares
+from hasten.engine.contracts import NO_NEEDS, Backbone, Draft, Drafter, Feedback, Needs, Pass, Pseudo
 from hasten.engine.limits import LIMITS
-from hasten.engine.masks import CAUSAL, Tree
-from hasten.engine.sampling import Sampler, token_logprob
+from hasten.engine.rows import Row, Turn
+from hasten.engine.sampling import token_logprob
 from hasten.engine.trace import Trace
 from hasten.engine.verify import check_draft, check_law, depths, verify
-from hasten.text import StopText
-from hasten.types import FinishReason, Output, Request, TokenLogprob, Usage
-
-
-@dataclass(slots=True, eq=False)
-class Row:
-    """One choice of one request on its way: committed tokens, cache, sampler, text and counters."""
-
-    id: int
-    request_id: int
-    choice: int
-    request: Request
-    sampler: Sampler
-    text: StopText
-    cache: RowCache
-    eos_ids: frozenset[int]
-    limit: int
-    added_s: float
-    started_s: float
-    method: tuple[str, ...] = ("plain",)
-    drafter: Drafter | None = None
-    law: Law = "greedy"
-    budget: int = 0
-    measured: bool = False
-    lead: Row | None = None
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    reason: FinishReason | None = None
-    stop: str | int | None = None
-    error: str = ""
-    forwards: int = 0
-    computed: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    draft_s: float = 0.0
-    first_s: float = 0.0
-    opened: bool = False
-
-    @property
-    def prompt_len(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.request.prompt)
-
-    @property
-    def generated(self) -> int:
-        """Tokens committed after the prompt."""
-        return len(self.tokens) - self.prompt_len
-
-    @property
-    def remaining(self) -> int:
-        """Tokens this row may still commit."""
-        return self.limit - self.generated
-
-    @property
-    def pending(self) -> int:
-        """Committed tokens that are not in the cache yet."""
-        return len(self.tokens) - self.cache.length
-
-    def view(self) -> RowView:
-        """What a drafter sees of this row."""
-        temperature = self.sampler.params.temperature
-        return RowView(self.id, self.tokens, self.remaining, temperature, self.sampler.seed, Past(self.cache))
-
-    def output(self, now_s: float) -> Output:
-        """The finished choice; `now_s` is on the trace clock."""
-        decoded = self.generated
-        usage = Usage(
-            prompt_tokens=self.prompt_len,
-            completion_tokens=decoded,
-            forwards=self.forwards,
-            computed_tokens=self.computed,
-            drafted_tokens=self.drafted,
-            accepted_tokens=self.accepted,
-            prefill_s=(self.first_s or now_s) - self.started_s,
-            decode_s=now_s - self.first_s if self.first_s else 0.0,
-            draft_s=self.draft_s,
-        )
-        return Output(
-            text=self.text.text,
-            tokens=tuple(self.tokens[self.prompt_len :]),
-            finish_reason=self.reason or "abort",
-            usage=usage,
-            seed=self.sampler.seed,
-            choice=self.choice,
-            method=self.method,
-            stop=self.stop,
-            logprobs=tuple(self.logprobs) if self.request.sampling.logprobs is not None else None,
-        )
-
-
-@dataclass(slots=True)
-class _Turn:
-    """One row's part of a pass: `count` pending tokens, then the nodes of `draft` when the row is `ready`.
-
-    `pseudo` are the placeholders its drafter asks for, None where they do not pay.
-    """
-
-    row: Row
-    count: int
-    ready: bool
-    draft: Draft = EMPTY_DRAFT
-    pseudo: Pseudo | None = None
-
-    @property
-    def heard(self) -> int:
-        """Prompt tokens before the root whose logits the drafter asked for."""
-        needs = NO_NEEDS if self.row.drafter is None else self.row.drafter.needs
-        return self.read if needs.prompt and needs.prompt_logits else 0
-
-    @property
-    def read(self) -> int:
-        """Prompt tokens that this pass reads, without the root."""
-        return self.count - 1 if self.ready else self.count
-
-    @property
-    def anchors(self) -> tuple[int, ...]:
-        """Queries that placeholders hang on, as many as the cache has scratch slots for: the last ones first."""
-        if self.pseudo is None:
-            return ()
-        root, last = self.count - 1, self.count - 1 + len(self.draft)
-        places = {"last": (last,), "ends": tuple(dict.fromkeys((root, last))), "all": tuple(range(root, last + 1))}
-        room = (self.row.cache.capacity - self.row.cache.length - last - 1) // len(self.pseudo.layers)
-        wanted = places[self.pseudo.anchors]
-        return wanted[max(0, len(wanted) - room) :]
-
-    def input(self) -> RowInput:
-        row, base, anchors = self.row, self.row.cache.length, self.anchors
-        pseudo = self.pseudo if anchors else None
-        tokens = row.tokens[base : base + self.count]
-        positions = torch.arange(base, base + self.count)
-        if not len(self.draft):
-            want: Literal["all", "last", "none"] = "all" if self.heard else "last" if self.ready else "none"
-            return RowInput(torch.tensor(tokens), positions, row.cache, CAUSAL, want, pseudo=pseudo, anchors=anchors)
-        root = self.count - 1
-        chain = tuple(range(-1, root))
-        parents = chain + tuple(root if p < 0 else root + 1 + p for p in self.draft.parents)
-        below = base + root + torch.tensor(depths(self.draft.parents))
-        nodes = tuple(range(0 if self.heard else root, root + 1 + len(self.draft)))
-        return RowInput(
-            torch.tensor(tokens + list(self.draft.tokens)),
-            torch.cat((positions, below)),
-            row.cache,
-            Tree(parents),
-            nodes,
-            pseudo=pseudo,
-            anchors=anchors,
-        )
+from hasten.errors import RuleError
+from hasten.failure import contained
 
 
 class AutoregressiveLoop:
@@ -191,11 +30,13 @@ class AutoregressiveLoop:
     def __init__(self, backbone: Backbone, trace: Trace) -> None:
         self.backbone, self.trace = backbone, trace
         self.budget = Budget()
+        self.reading = ReadingCost()
 
     def step(self, rows: Sequence[Row]) -> None:
         """One pass over `rows`; finished rows have `reason` set afterwards. Events go to the trace.
 
-        If the pass itself raises, no row has changed: nothing is committed before it returns.
+        If it raises, no row has changed: nothing is committed before the pass returns, and what fails afterwards fails one
+        row, which then ends with reason "error".
         """
         turns = self._turns(rows)
         if not turns:
@@ -208,38 +49,68 @@ class AutoregressiveLoop:
         for turn in turns:
             if turn.row.drafter is not None:
                 needs = needs.union(turn.row.drafter.needs)
+        for turn in turns:
+            turn.row.size = turn.count + len(turn.draft)
         done = self.backbone.run([turn.input() for turn in turns], needs)
-        feedback: dict[int, tuple[Drafter, list[Feedback]]] = {}
+        feedback: dict[int, tuple[Drafter, list[Feedback], list[Row]]] = {}
         for index, turn in enumerate(turns):
-            drafter, reports = turn.row.drafter, []
-            turn.row.computed += turn.count + len(turn.draft)
-            logits = done.row_logits(index)
-            if drafter is not None and drafter.needs.prompt and turn.read:
-                reports.append(self._reading(turn, index, done, logits, drafter.needs))
-            if turn.ready:
-                logits = logits[turn.heard :]
-                judged = self._judge(turn, logits, done, done.logit_starts[index] + turn.heard)
-                if judged is None:
-                    continue
-                if drafter is not None:
-                    reports.append(self._feedback(turn, index, done, logits, *judged, drafter.needs))
-            else:
-                turn.row.cache.advance(turn.count)
-                self._prefilled(turn.row)
-            if drafter is not None and reports:
-                feedback.setdefault(id(drafter), (drafter, []))[1].extend(reports)
-        for drafter, reports in feedback.values():
-            drafter.observe(reports)
-        ended_s = self.trace.now()
-        if all(turn.count == 1 for turn in turns):
-            size = sum(1 + len(turn.draft) + self._worth(turn.pseudo, len(turn.anchors)) for turn in turns)
-            self.budget.cost.record(len(turns), size, ended_s - drafted_s)
+            with contained() as caught:
+                report = self._take(turn, index, done)
+            if caught.error is not None:
+                turn.row.fail(caught.error)
+            elif turn.row.drafter is not None and report:
+                told = feedback.setdefault(id(turn.row.drafter), (turn.row.drafter, [], []))
+                told[1].extend(report)
+                told[2].append(turn.row)
+        for drafter, reports, hearers in feedback.values():
+            with contained() as caught:
+                drafter.observe(reports)
+            for row in hearers:
+                if caught.error is not None and row.reason is None:
+                    row.fail(caught.error)
+        self._time(turns, self.trace.now() - drafted_s)
         for turn in turns:
             turn.row.draft_s += (drafted_s - started_s) / len(turns)
 
-    def _turns(self, rows: Sequence[Row]) -> list[_Turn]:
-        """Who takes part in this pass, and with how many tokens: ready rows first, prompts share what is left."""
-        turns, room = [], LIMITS.step_tokens
+    def _take(self, turn: Turn, index: int, done: Pass) -> list[Feedback]:
+        """What the pass means for one row: its commits or the chunk read, and the reports for its drafter."""
+        row, drafter, reports = turn.row, turn.row.drafter, []
+        row.computed += row.size
+        row.drafted += len(turn.draft)
+        row.native &= done.backbone == self.backbone.name
+        logits = done.row_logits(index)
+        if drafter is not None and drafter.needs.prompt and turn.read:
+            reports.append(self._reading(turn, index, done, logits, drafter.needs))
+        if turn.ready:
+            logits = logits[turn.heard :]
+            judged = self._judge(turn, logits, done, done.logit_starts[index] + turn.heard)
+            if judged is None:
+                return []
+            if drafter is not None:
+                reports.append(self._feedback(turn, index, done, logits, *judged, drafter.needs))
+        else:
+            row.cache.advance(turn.count)
+            self._prefilled(row, row.cache.length)
+        return reports
+
+    def _time(self, turns: Sequence[Turn], seconds: float) -> None:
+        """Learn from a pass that took so long what decoding costs, or what reading prompts beside it does."""
+        size = sum(1 + len(turn.draft) + self._worth(turn.pseudo, len(turn.anchors)) for turn in turns if turn.count == 1)
+        rows = sum(turn.count == 1 for turn in turns)
+        if rows == len(turns):
+            self.budget.cost.record(rows, size, seconds)
+        else:
+            alone = self.budget.cost(rows, size) or self.budget.plain(rows)
+            if alone or not rows:
+                self.reading.record(sum(turn.count for turn in turns if turn.count > 1), seconds - alone)
+
+    def _turns(self, rows: Sequence[Row]) -> list[Turn]:
+        """Who takes part in this pass, and with how many tokens: ready rows first, prompts share what is left.
+
+        While rows decode, prompts get no more than lets the others go on at a bounded part of their own speed.
+        """
+        turns: list[Turn] = []
+        readers: list[Row] = []
         for row in rows:
             if row.lead is not None:
                 if row.lead.generated or row.lead.pending == 1:
@@ -247,13 +118,15 @@ class AutoregressiveLoop:
                 else:
                     continue
             if row.pending == 1:
-                turns.append(_Turn(row, 1, True))
-                room -= 1
-        for row in rows:
-            if row.lead is None and row.pending > 1 and room > 0:
-                count = min(row.pending, LIMITS.prefill_chunk, room)
-                turns.append(_Turn(row, count, count == row.pending))
-                room -= count
+                turns.append(Turn(row, 1, True))
+            else:
+                readers.append(row)
+        room = LIMITS.step_tokens - len(turns)
+        if turns:
+            room = min(room, self.reading.room(self.budget.plain(len(turns))))
+        for row, count in zip(readers, shares([row.pending for row in readers], room, LIMITS.prefill_chunk), strict=True):
+            if count > 0:
+                turns.append(Turn(row, count, count == row.pending))
         return turns
 
     @staticmethod
@@ -263,7 +136,7 @@ class AutoregressiveLoop:
         row.cache.truncate(row.prompt_len - 1)
         row.lead = None
 
-    def _place(self, turns: Sequence[_Turn]) -> None:
+    def _place(self, turns: Sequence[Turn]) -> None:
         """Give ready rows the placeholders that their drafters ask for; to measured rows only where they pay."""
         for turn in turns:
             row = turn.row
@@ -278,9 +151,9 @@ class AutoregressiveLoop:
         layers = self.backbone.capabilities.layers
         return 0 if pseudo is None else math.ceil(anchors * sum(1 - at / layers for at in pseudo.layers))
 
-    def _propose(self, turns: Sequence[_Turn]) -> None:
+    def _propose(self, turns: Sequence[Turn]) -> None:
         """Fill in the drafts of ready rows, each within its row's budget."""
-        asked: dict[int, tuple[Drafter, list[_Turn]]] = {}
+        asked: dict[int, tuple[Drafter, list[Turn]]] = {}
         for turn in turns:
             row = turn.row
             if row.drafter is not None and not row.opened:
@@ -290,7 +163,7 @@ class AutoregressiveLoop:
                 continue
             forced = row.sampler.forced() if row.sampler.rules else ()
             if forced:
-                chain = forced[: max(0, row.remaining - 1)]
+                chain = tuple(forced[: max(0, min(row.remaining - 1, LIMITS.draft_nodes))])
                 turn.draft = Draft(chain, tuple(range(-1, len(chain) - 1)))
             elif row.drafter is not None and row.remaining > 1:
                 asked.setdefault(id(row.drafter), (row.drafter, []))[1].append(turn)
@@ -299,10 +172,9 @@ class AutoregressiveLoop:
         self._keep(turns, [turn for _, waiting in asked.values() for turn in waiting])
         for turn in turns:
             if len(turn.draft):
-                turn.row.drafted += len(turn.draft)
                 self._emit(turn.row, "draft", tokens=turn.draft.tokens, parents=turn.draft.parents)
 
-    def _ask(self, drafter: Drafter, waiting: Sequence[_Turn], rows: int) -> None:
+    def _ask(self, drafter: Drafter, waiting: Sequence[Turn], rows: int) -> None:
         """Drafts of one drafter for its rows, as many nodes as its measured record is worth."""
         budgets = [self._budget(turn, drafter) for turn in waiting]
         measured = any(turn.row.measured for turn in waiting)
@@ -323,7 +195,7 @@ class AutoregressiveLoop:
             if turn.row.measured and len(turn.draft):
                 self.budget.book(drafter).acceptance.watch(turn.row.id, len(turn.row.tokens), turn.draft)
 
-    def _keep(self, turns: Sequence[_Turn], asked: Sequence[_Turn]) -> None:
+    def _keep(self, turns: Sequence[Turn], asked: Sequence[Turn]) -> None:
         """Cut the drafts of measured rows, asked of their drafters, to the nodes that pay in this pass."""
         measured = [turn for turn in asked if turn.row.measured and len(turn.draft)]
         if not measured:
@@ -335,12 +207,12 @@ class AutoregressiveLoop:
             turn.draft = draft
 
     @staticmethod
-    def _budget(turn: _Turn, drafter: Drafter) -> int:
+    def _budget(turn: Turn, drafter: Drafter) -> int:
         """Nodes this row can afford: its own budget, and the slots left in its cache."""
         room = turn.row.cache.capacity - turn.row.cache.length - turn.count
         return max(0, min(drafter.max_nodes(turn.row.budget), turn.row.budget, room, LIMITS.draft_nodes))
 
-    def _judge(self, turn: _Turn, logits: Tensor, done: Pass, first: int) -> tuple[tuple[int, ...], int] | None:
+    def _judge(self, turn: Turn, logits: Tensor, done: Pass, first: int) -> tuple[tuple[int, ...], int] | None:
         """Judge and commit one ready row, whose `logits` are rows `first`.. of the pass; (path, following token)."""
         row, base = turn.row, turn.row.cache.length
         if done.best is not None:
@@ -351,18 +223,22 @@ class AutoregressiveLoop:
             best, broken = top.indices.tolist(), not all(math.isfinite(value) for value in top.values.tolist())
         if broken:
             row.cache.advance(turn.count)
-            row.cache.scrub()
-            row.reason, row.error = "error", "the model produced logits that are not finite"
+            row.end("error", "the model produced logits that are not finite (check the model file; try dtype='float32')")
             return None
         first_pass = row.first_s == 0.0
         if first_pass:
-            self._prefilled(row)
+            self._prefilled(row, row.prompt_len)
         else:
             row.forwards += 1
         self._emit(row, "forward", total=turn.count + len(turn.draft), backbone=done.backbone)
         position = len(row.tokens)
         draws = row.drafter.draws if row.drafter is not None and turn.draft.q is not None else "point"
-        verdict = verify(row.law, logits, turn.draft, row.sampler, position, draws, best)
+        try:
+            verdict = verify(row.law, logits, turn.draft, row.sampler, position, draws, best)
+        except RuleError as error:  # this row ends; the others of the pass go on
+            row.cache.advance(turn.count)
+            row.end("error", str(error))
+            return None
         chosen = [0, *(node + 1 for node in verdict.path)]
         if done.log_sum_exp is not None:
             lse = {node: done.log_sum_exp[first + node] for node in chosen}
@@ -415,7 +291,7 @@ class AutoregressiveLoop:
 
     def _feedback(
         self,
-        turn: _Turn,
+        turn: Turn,
         index: int,
         done: Pass,
         logits: Tensor,
@@ -448,7 +324,7 @@ class AutoregressiveLoop:
         )
 
     @staticmethod
-    def _reading(turn: _Turn, index: int, done: Pass, logits: Tensor, needs: Needs) -> Feedback:
+    def _reading(turn: Turn, index: int, done: Pass, logits: Tensor, needs: Needs) -> Feedback:
         """The report of the prompt tokens read in this pass, all but the root: it has no nodes."""
         row, base = turn.row, turn.row.cache.length
         first = done.spans[index][0]
@@ -467,9 +343,8 @@ class AutoregressiveLoop:
             logits=heard if needs.logits and turn.heard else None,
         )
 
-    def _prefilled(self, row: Row) -> None:
-        done = min(row.cache.length, row.prompt_len) if row.pending > 1 else row.prompt_len
-        self._emit(row, "prefill", position=done, total=row.prompt_len)
+    def _prefilled(self, row: Row, position: int) -> None:
+        self._emit(row, "prefill", position=position, total=row.prompt_len, cached_tokens=row.cached)
 
     def _emit(self, row: Row, kind: str, **fields: object) -> None:
         self.trace.emit(kind, row.request_id, row.choice, row.added_s, **fields)  # type: ignore[arg-type]

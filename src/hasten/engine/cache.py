@@ -8,7 +8,7 @@ Layers that are not plain KV (recurrent states, static cross memory, sparse keys
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -183,7 +183,8 @@ class CachePool:
     """Slabs of one layout within `budget_bytes`; freed slabs are kept and handed out again.
 
     Admission asks `fits` (now) and `could_ever_fit`; `open` never exceeds the budget. Slab memory is touched only as
-    rows grow, so a large window reserved is not a large window used.
+    rows grow, so a large window reserved is not a large window used. Of `used_bytes`, `lent_bytes` are with whoever
+    borrows what rows leave over (`lend`); `reclaim(nbytes)` gets them back, and a row never waits for them.
     """
 
     def __init__(self, layout: CacheLayout, budget_bytes: int) -> None:
@@ -196,56 +197,93 @@ class CachePool:
         self.layout = layout
         self.budget_bytes = budget_bytes
         self.used_bytes = 0
+        self.lent_bytes = 0
+        self.reclaim: Callable[[int], None] | None = None
         self._free: list[Tensor] = []
 
     @staticmethod
     def _capacity(slots: int) -> int:
         return max(_STEP, -(-slots // _STEP) * _STEP)
 
+    def row_bytes(self, slots: int) -> int:
+        """Bytes of a row with room for `slots` tokens."""
+        return self.layout.nbytes(self._capacity(slots))
+
     @property
     def held_bytes(self) -> int:
         """Bytes in use plus bytes kept for reuse."""
         return self.used_bytes + sum(slab.nbytes for slab in self._free)
 
-    def could_ever_fit(self, slots: int) -> bool:
-        """Whether a row of `slots` would fit into an empty pool."""
-        return self.layout.nbytes(self._capacity(slots)) <= self.budget_bytes
+    @property
+    def left_bytes(self) -> int:
+        """Bytes that rows may still take: what is lent comes back when they do."""
+        return self.budget_bytes - self.used_bytes + self.lent_bytes
 
-    def fits(self, slots: int) -> bool:
-        """Whether a row of `slots` can be opened now."""
-        return self._pick(slots) is not None or (
-            self.used_bytes + self.layout.nbytes(self._capacity(slots)) <= self.budget_bytes
-        )
+    def could_ever_fit(self, slots: int, rows: int = 1) -> bool:
+        """Whether so many rows of `slots` each would fit into an empty pool."""
+        return rows * self.row_bytes(slots) <= self.budget_bytes
 
-    def _pick(self, slots: int) -> int | None:
-        """Index of the smallest free slab that holds `slots` without wasting more than half of itself."""
-        want = self._capacity(slots)
-        fitting = [(slab.shape[3], i) for i, slab in enumerate(self._free) if want <= slab.shape[3] <= 2 * want]
-        best = min(fitting, default=None)
-        return best[1] if best and self.used_bytes + self._free[best[1]].nbytes <= self.budget_bytes else None
+    def fits(self, slots: int, rows: int = 1) -> bool:
+        """Whether so many rows of `slots` each can be opened now."""
+        return rows * self.row_bytes(slots) <= self.left_bytes
 
-    def open(self, slots: int) -> RowCache:
-        """A row with room for at least `slots` tokens; raises MemoryFitError with the numbers when it does not fit."""
-        index = self._pick(slots)
-        if index is not None:
-            slab = self._free.pop(index)
-        else:
+    def _pick(self, slots: int, more: int) -> int | None:
+        """Index of the smallest free slab that holds `slots`, wastes no more than half of itself and leaves enough."""
+        want, most = self._capacity(slots), self.left_bytes - more * self.row_bytes(slots)
+        fitting = [
+            (slab.shape[3], i)
+            for i, slab in enumerate(self._free)
+            if want <= slab.shape[3] <= 2 * want and slab.nbytes <= most
+        ]
+        return min(fitting, default=(0, None))[1]
+
+    def open(self, slots: int, more: int = 0) -> RowCache:
+        """A row with room for at least `slots` tokens; raises MemoryFitError with the numbers when it does not fit.
+
+        `more`: so many further rows of that size are opened next, and memory is left for them where there is enough.
+        """
+        index, need = self._pick(slots, more), self.row_bytes(slots)
+        if need > self.left_bytes:
+            raise MemoryFitError(
+                f"a cache row of {slots} tokens needs {need} bytes; {self.left_bytes} of {self.budget_bytes} are free",
+                hint="ask for fewer tokens, or give the cache more memory",
+                field="max_tokens",
+            )
+        slab = None if index is None else self._free.pop(index)
+        self._make_room(need if slab is None else slab.nbytes)
+        if slab is None:
             shape = (self.layout.layers, 2, self.layout.kv_heads, self._capacity(slots), self.layout.head_dim)
-            need = self.layout.nbytes(shape[3])
-            while self._free and self.held_bytes + need > self.budget_bytes:
-                self._free.pop(0)
-            if self.used_bytes + need > self.budget_bytes:
-                raise MemoryFitError(
-                    f"a cache row of {slots} tokens needs {need} bytes; {self.budget_bytes - self.used_bytes} of "
-                    f"{self.budget_bytes} are free",
-                    hint="ask for fewer tokens, or give the cache more memory",
-                    field="max_tokens",
-                )
             slab = torch.zeros(shape, dtype=self.layout.dtype)  # masked slots are read, so they must be finite
         self.used_bytes += slab.nbytes
         return RowCache(self, slab)
+
+    def _make_room(self, nbytes: int) -> None:
+        """Give up freed slabs, then what is lent, until so many bytes are within the budget."""
+        while self._free and self.held_bytes + nbytes > self.budget_bytes:
+            self._free.pop(0)
+        if self.reclaim is not None and self.used_bytes + nbytes > self.budget_bytes:
+            self.reclaim(self.used_bytes + nbytes - self.budget_bytes)
 
     def give_back(self, slab: Tensor) -> None:
         """Take a slab back for reuse (rows call this from `release`)."""
         self.used_bytes -= slab.nbytes
         self._free.append(slab)
+
+    def lend(self, nbytes: int) -> None:
+        """Lend so many bytes, which must be free, until they are returned (a negative number)."""
+        while self._free and self.held_bytes + nbytes > self.budget_bytes:
+            self._free.pop(0)
+        self.used_bytes += nbytes
+        self.lent_bytes += nbytes
+
+    def idle(self) -> int:
+        """Bytes of freed slabs and of what is lent: memory that this process holds and rows may have at once."""
+        return self.held_bytes - self.used_bytes + self.lent_bytes
+
+    def shrink(self) -> int:
+        """Return all idle memory to the system; how many bytes that were."""
+        freed = self.idle()
+        self._free.clear()
+        if self.reclaim is not None and self.lent_bytes:
+            self.reclaim(self.lent_bytes)
+        return freed

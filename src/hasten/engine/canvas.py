@@ -15,40 +15,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hasten.engine.cache import RowCache
 from hasten.engine.contracts import Backbone, Pass, RowInput
+from hasten.engine.limits import LIMITS
 from hasten.engine.masks import FULL, BlockCausal, Explicit, Visibility
 from hasten.engine.parts import CanvasRow, Forward, Taken
+from hasten.engine.rows import Choice
 from hasten.engine.trace import Trace
-from hasten.text import StopText
-from hasten.types import FinishReason, Output, Request, Usage
+from hasten.failure import contained
+from hasten.types import Output, Usage
 
 _LARGE = 8192  # vocabulary from which the arg-max of the backbone is worth carrying along
+_AHEAD = 512  # query tokens that a canvas may have had more than another that wants to run
 
 
-@dataclass(slots=True, eq=False)
-class Canvas:
-    """One choice of one request on its way: its state, the forward last seen of it, cache, text and counters."""
+@dataclass(slots=True, eq=False, kw_only=True)
+class Canvas(Choice):
+    """A choice of the canvas loop: its state, and the forward last seen of it."""
 
-    id: int
-    request_id: int
-    choice: int
-    request: Request
     policy: Any  # hasten.policy.Policy: open, begin, advance, cache, stepper, everywhere, ahead, final
     state: CanvasRow
-    text: StopText
-    cache: RowCache
-    eos_ids: frozenset[int]
-    added_s: float
-    started_s: float
-    method: tuple[str, ...]
     seen: Forward | None = None
     shown: int = 0  # positions whose text is out
-    forwards: int = 0
-    computed: int = 0
-    reason: FinishReason | None = None
-    stop: str | int | None = None
-    error: str = ""
+    paid: int = -1  # query tokens it has had, from where it joined the others; -1: has not joined
 
     def output(self, now_s: float) -> Output:
         """The finished choice; `now_s` is on the trace clock."""
@@ -96,6 +84,11 @@ class _Turn:
     high: int
     positions: Tensor
 
+    @property
+    def size(self) -> int:
+        """Query tokens it adds to the pass."""
+        return (self.high - self.low) * len(self.branches)
+
 
 class CanvasLoop:
     """Advances canvases of one backbone by one pass per step; `provisional` candidates are told to the trace on request."""
@@ -108,10 +101,16 @@ class CanvasLoop:
 
     @torch.inference_mode()
     def step(self, canvases: Sequence[Canvas]) -> None:
-        """One pass over `canvases`; finished ones have `reason` set. A pass that raises has committed nothing."""
-        turns = [turn for canvas in canvases if (turn := self._turn(canvas)) is not None]
+        """One pass over those of `canvases` whose turn it is; finished ones have `reason` set.
+
+        If it raises, none has changed; what fails after the pass fails one canvas, which ends with reason "error".
+        """
+        turns = self._turns(canvases)
         inputs: list[RowInput] = []
+        starts: list[int] = []
         for turn in turns:
+            turn.canvas.size = turn.size
+            starts.append(len(inputs))
             inputs += self._inputs(turn)
         if not inputs:
             return
@@ -119,18 +118,49 @@ class CanvasLoop:
         finite = torch.isfinite(done.logits).all(-1)
         if self.backbone.capabilities.mask_id is not None:
             done.logits[:, self.backbone.capabilities.mask_id] = -torch.inf
-        at = 0
-        for turn in turns:
-            forwards, rows, at = self._forwards(turn, done, at)
-            self._kept(turn)
-            canvas = turn.canvas
-            if bool(finite[rows].all()):
-                self._settle(canvas, turn.branches, forwards)
-                fresh = 0 if turn.refresh else canvas.state.fresh + 1
-                canvas.state = replace(canvas.state, fresh=fresh, stored=canvas.cache.length)
-            else:
-                canvas.cache.scrub()
-                canvas.reason, canvas.error = "error", "the model's logits are not finite"
+        for turn, at in zip(turns, starts, strict=True):
+            with contained() as caught:
+                self._take(turn, done, at, finite)
+            if caught.error is not None:
+                turn.canvas.fail(caught.error)
+
+    def _turns(self, canvases: Sequence[Canvas]) -> list[_Turn]:
+        """Whose turn it is: those that had the fewest query tokens so far, as many as a pass takes, and at least one.
+
+        A long canvas that is far ahead waits, so that short ones get as much of the machine as it had.
+        """
+        joined = min((canvas.paid for canvas in canvases if canvas.paid >= 0), default=0)
+        for canvas in canvases:
+            canvas.paid = max(canvas.paid, joined)
+        turns: list[_Turn] = []
+        room = LIMITS.step_tokens
+        for canvas in sorted(canvases, key=lambda canvas: (canvas.paid, canvas.id)):
+            if turns and canvas.paid > turns[0].canvas.paid + _AHEAD:
+                break
+            turn = self._turn(canvas)
+            if turn is None:
+                continue
+            if turns and turn.size > room:
+                break
+            turns.append(turn)
+            room -= turn.size
+        return turns
+
+    def _take(self, turn: _Turn, done: Pass, at: int, finite: Tensor) -> None:
+        """What the pass, whose inputs from `at` on are this turn's, means for one canvas."""
+        canvas = turn.canvas
+        canvas.computed += turn.size
+        canvas.paid += turn.size
+        canvas.forwards += 1
+        self._emit(canvas, "forward", total=turn.size, backbone=self.backbone.name)
+        forwards, rows = self._forwards(turn, done, at)
+        self._kept(turn)
+        if bool(finite[rows].all()):
+            self._settle(canvas, turn.branches, forwards)
+            fresh = 0 if turn.refresh else canvas.state.fresh + 1
+            canvas.state = replace(canvas.state, fresh=fresh, stored=canvas.cache.length)
+        else:
+            canvas.end("error", "the model's logits are not finite")
 
     def _turn(self, canvas: Canvas) -> _Turn | None:
         """What this canvas computes next, after all steps that need no forward; None when it is finished."""
@@ -184,9 +214,6 @@ class CanvasLoop:
         shift = self.backbone.capabilities.logit_shift
         index = ((turn.positions - shift).clamp(min=low) - low).tolist()
         span, count = torch.arange(low, high), len(turn.branches)
-        canvas.computed += (high - low) * count
-        canvas.forwards += 1
-        self._emit(canvas, "forward", total=(high - low) * count, backbone=self.backbone.name)
         canvas.cache.truncate(min(canvas.cache.length, canvas.state.end))  # nothing sees what a cut took away
         if not canvas.policy.cache.stores:
             return [RowInput(one.tokens[low:high], span, None, self._visibility, tuple(index)) for one in turn.branches]
@@ -198,8 +225,8 @@ class CanvasLoop:
         seen = Explicit(_branch_mask(low, high, length, count))
         return [RowInput(tokens, span.repeat(count), canvas.cache, seen, wanted, length)]
 
-    def _forwards(self, turn: _Turn, done: Pass, at: int) -> tuple[list[Forward], slice, int]:
-        """What the pass computed for each state of a turn whose rows start at `at`, its logit rows, and the next start."""
+    def _forwards(self, turn: _Turn, done: Pass, at: int) -> tuple[list[Forward], slice]:
+        """What the pass computed for each state of a turn whose rows start at `at`, and its logit rows."""
         count, size = len(turn.branches), len(turn.positions)
         first, large = done.logit_starts[at], self.backbone.capabilities.vocab_size >= _LARGE
         out = []
@@ -209,7 +236,7 @@ class CanvasLoop:
             if best is not None and self.backbone.capabilities.mask_id in best.tolist():
                 best = None
             out.append(Forward(done.logits[rows], turn.positions, best))
-        return out, slice(first, first + count * size), at + (1 if turn.canvas.policy.cache.stores else count)
+        return out, slice(first, first + count * size)
 
     @staticmethod
     def _kept(turn: _Turn) -> None:

@@ -3,7 +3,7 @@
     Backbone       run(rows, needs) -> Pass              models/*; the torch stack is the oracle and carries every hook,
                                                          other backbones serve the requests whose needs they meet
     Drafter        open / propose / observe / close      draft/*; proposes nodes, never touches the target's cache
-    LogitsRule     open / apply / advance / fork         logits/*; grammars, contrastive rules, per row and stateful
+    LogitsRule     open / apply / advance / forced       logits/*; grammars, contrastive rules, per row and stateful
     canvas parts, TokenReducer, Compressor               engine/parts.py
 
 A part says what it needs and what it cannot be combined with; LLM refuses at construction, naming both sides.
@@ -245,7 +245,9 @@ class LogitsRule(Protocol):
     """A stateful change of one row's logits (grammar, contrastive decoding, format steering).
 
     States are values: `advance` returns the next state and leaves the old one usable, so branches and roll-back are free.
-    Applied after penalties and bias, before temperature; never sees other rows.
+    Applied after penalties and bias, before temperature; never sees other rows. A rule that cannot go on raises RuleError,
+    which ends its row alone. One that only forbids tokens may also have `allows(state, token) -> bool`: it spares greedy
+    rows the masks of tokens that are allowed anyway.
     """
 
     name: str

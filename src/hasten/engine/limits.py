@@ -43,6 +43,8 @@ class Limits:
     grammar_bytes: int = _limit(1_000_000, "bytes", "one schema, regex or grammar")
     grammar_depth: int = _limit(256, "levels", "nesting of a schema or grammar")
     grammar_symbols: int = _limit(100_000, "symbols", "size of a compiled grammar")
+    regex_size: int = _limit(5_000, "places", "characters and classes written in one regex of a grammar")
+    schema_properties: int = _limit(2_000, "properties", "properties named by one object of a schema")
     enum_values: int = _limit(10_000, "values", "values of one enum or choice list")
     compile_s: float = _limit(2.0, "seconds", "time to compile one grammar")
     mask_s: float = _limit(0.05, "seconds", "time for the mask of one token; a grammar that needs longer ends its request")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hasten.engine.contracts import LogitsRule
-from hasten.errors import ConfigError, HastenError
+from hasten.errors import ConfigError, RuleError
 from hasten.types import MAX_SEED, SamplingParams, TokenLogprob
 
 _MASK = 2**64 - 1
@@ -105,7 +105,9 @@ class Sampler:
             ids, values = zip(*sorted(params.logit_bias.items()), strict=True)
             self._bias = (torch.tensor(ids), torch.tensor(values, dtype=torch.float32))
         penalised = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
-        self.raw = not (penalised or self._bias or self.rules)  # logits reach the choice untouched
+        self._shaped = bool(penalised or self._bias)
+        self.raw = not (self._shaped or self.rules)  # logits reach the choice untouched
+        self._forbids = not self._shaped and all(hasattr(rule, "allows") for rule in self.rules)
 
     @property
     def plain(self) -> bool:
@@ -124,7 +126,7 @@ class Sampler:
         if self.raw:
             return logits
         p = self.params
-        logits = logits.clone()
+        logits = logits.clone() if self._shaped else logits
         counts = self._counts + Counter(path) if path else self._counts
         if p.repetition_penalty != 1.0:
             seen = torch.tensor(sorted(self._prompt.union(counts)))
@@ -140,7 +142,7 @@ class Sampler:
         for rule, state in zip(self.rules, self.states_after(path), strict=True):
             logits = rule.apply(state, logits)
             if not bool(torch.isfinite(logits).any()):
-                raise HastenError(f"logit rule {rule.name!r} forbids every token", field="method")
+                raise RuleError(f"logit rule {rule.name!r} forbids every token", field="method")
         return logits
 
     def distribution(self, logits: Tensor, path: Sequence[int] = ()) -> Tensor:
@@ -154,9 +156,16 @@ class Sampler:
         probs = truncate(probs, p.top_k, p.top_p, p.min_p)
         return probs / probs.sum()
 
-    def choose(self, logits: Tensor, path: Sequence[int], position: int) -> int:
-        """The token at absolute `position` given raw `logits` [vocab]: what plain decoding picks there."""
+    def choose(self, logits: Tensor, path: Sequence[int], position: int, best: int | None = None) -> int:
+        """The token at absolute `position` given raw `logits` [vocab]: what plain decoding picks there.
+
+        `best` is their arg-max where it is known: rules that only forbid are then asked about that token alone.
+        """
         if self.params.greedy:
+            if best is not None and self._forbids:
+                states = zip(self.rules, self.states_after(path), strict=True)
+                if all(rule.allows(state, best) for rule, state in states):  # type: ignore[attr-defined]
+                    return best
             return int(self.process(logits, path).argmax())
         return draw(self.distribution(logits, path), uniform(self.seed, position))
 

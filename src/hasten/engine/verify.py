@@ -87,7 +87,8 @@ def verify(
     if sampler.plain and best is None:
         best = logits.argmax(-1).tolist()
     if not len(draft):
-        return Verdict((), best[0] if sampler.plain and best else sampler.choose(logits[0], (), position))
+        first = best[0] if best else None
+        return Verdict((), first if sampler.plain and first is not None else sampler.choose(logits[0], (), position, first))
     if law == "trust":
         return _trust(logits, draft, sampler, position)
     if law == "typical" and not sampler.params.greedy:
@@ -101,7 +102,11 @@ def verify(
     at = -1
     while True:
         here = at + 1
-        token = best[here] if sampler.plain and best else sampler.choose(logits[here], tokens, position + len(path))
+        top = best[here] if best else None
+        if sampler.plain and top is not None:
+            token = top
+        else:
+            token = sampler.choose(logits[here], tokens, position + len(path), top)
         child = children.get((at, token))
         if child is None:
             return Verdict(tuple(path), token)

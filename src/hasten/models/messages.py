@@ -1,8 +1,8 @@
 """Chat messages as a template can take them: checked, contents joined, and what it does not know put into words.
 
-Tools and their calls are put into words in the Hermes form, which small models were trained on: `<tools>` lists what may be
-called, `<tool_call>` holds {"name", "arguments"}, `<tool_response>` a result. A template that speaks this form itself gets
-the values as they are; any other form (Llama's, Mistral's) is replaced by these words, because answers are read in one form.
+Tools and their calls are put into words in the Hermes form, which small models were trained on: `<tools>` lists what may
+be called, `<tool_call>` holds {"name", "arguments"}, `<tool_response>` a result. A template that speaks this form itself
+gets the values as they are; any other form (Llama's, Mistral's) is replaced by these words: answers are read in one form.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Knowledge:
-    """What a template knows: `tools` with calls and results, a `developer` role, a `system` role (asked for offers only)."""
+    """What a template knows: `tools` with calls and results, a `developer` role, a `system` role (needed for offers)."""
 
     tools: bool
     developer: bool
@@ -77,13 +77,10 @@ def check_depth(value: object, path: str) -> None:
     for _ in range(LIMITS.grammar_depth):
         items: list[object] = []
         for item in level:
-            if isinstance(item, Mapping):
-                items += item.values()
-            elif isinstance(item, (list, tuple)):
-                items += item
-        if not items:
+            items += item.values() if isinstance(item, Mapping) else item if isinstance(item, (list, tuple)) else ()
+        level = [item for item in items if isinstance(item, (Mapping, list, tuple))]
+        if not level:
             return
-        level = items
     raise out_of_range(path, "a value nested deeper", f"nested at most {LIMITS.grammar_depth} levels")
 
 
@@ -173,7 +170,7 @@ def _no_constant(name: str) -> None:
 
 
 def _worded(messages: Sequence[Message]) -> list[Message]:
-    """Calls and results as text; results that follow one another become one message of the user, as Hermes models know it."""
+    """Calls and results as text; results that follow one another become one message of the user, as the models know it."""
     out: list[Message] = []
     for message, before in zip(messages, (None, *messages), strict=False):
         if "tool_calls" in message:
@@ -192,7 +189,7 @@ def _worded(messages: Sequence[Message]) -> list[Message]:
 
 
 def _offer(messages: list[Message], text: str, system: bool) -> None:
-    """Put the offer into the system message (a new one if there is none), or the first of the user where there cannot be one."""
+    """Put the offer into the system message, new if need be, or the user's first where the template takes none."""
     if system and messages[0]["role"] not in ("system", "developer"):
         messages.insert(0, {"role": "system", "content": text})
         return

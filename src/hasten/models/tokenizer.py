@@ -10,6 +10,7 @@ import codecs
 import json
 import threading
 from collections.abc import Mapping, Sequence
+from copy import copy as shallow_copy
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,12 @@ class Tokenizer:
         if (self.add_bos if bos is None else bos) and self.bos_id is not None:
             ids = [self.bos_id, *ids]
         return list(ids)
+
+    def copy(self) -> Tokenizer:
+        """A tokenizer of its own, so that a thread that must not wait never waits for another's long text."""
+        own = shallow_copy(self)
+        own._fast, own._encoding = Fast.from_str(self._fast.to_str()), threading.Lock()
+        return own
 
     def chat(
         self,

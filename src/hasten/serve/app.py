@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -28,7 +29,9 @@ def build_app(worker: Worker, settings: Settings, *, drain_s: float = LIMITS.dra
         yield
         await worker.stop(drain_s)
 
-    app = FastAPI(title="hasten", version=__version__, docs_url=None, redoc_url=None, lifespan=life)
+    # FastAPI can send traces where its environment says; nothing leaves this machine but answers.
+    silent: Any = {"tracing": False, "metrics": False, "logs": False, "operation_spans": False, "auto_configure": False}
+    app = FastAPI(title="hasten", version=__version__, docs_url=None, redoc_url=None, lifespan=life, telemetry=silent)
     app.state.worker = worker
     for part in (chat, completions, embeddings, models):
         app.include_router(part.router)

@@ -88,8 +88,13 @@ def listed(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | 
 
 
 def ids(llm: LLM, prompt: str | Sequence[int]) -> list[int]:
-    """Token ids of one prompt."""
-    return llm.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    """Token ids of one prompt; raises ConfigError for ids outside the vocabulary."""
+    if isinstance(prompt, str):
+        return llm.encode(prompt)
+    vocabulary = llm.model.capabilities.vocab_size
+    if max(prompt) >= vocabulary:
+        raise out_of_range("prompt", max(prompt), f"token ids below the vocabulary of {vocabulary}")
+    return list(prompt)
 
 
 def echoed(llm: LLM, given: str | list[int], prompt: Sequence[int]) -> str:

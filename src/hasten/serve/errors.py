@@ -96,11 +96,14 @@ def shape(status: int, message: str, *, param: str | None = None, code: str | No
 
 def answer(status: int, body: Mapping[str, Any], retry_s: float = 0.0) -> Response:
     """The response for an error body, at most `LIMITS.error_bytes` long."""
-    data = json.dumps(body).encode()
-    if len(data) > LIMITS.error_bytes:
-        inner = dict(body["error"])
-        inner["message"] = inner["message"][:200] + "…"
-        inner["param"] = inner["param"][:100] if inner["param"] else None
+    inner = dict(body["error"])
+    for most in (1000, 300, 100):  # characters; JSON writes one as up to twelve bytes
+        data = json.dumps({"error": inner}).encode()
+        if len(data) <= LIMITS.error_bytes:
+            break
+        inner["message"] = inner["message"][:most] + "…"
+        inner["param"] = inner["param"][: most // 5] if inner["param"] else None
+    else:
         data = json.dumps({"error": inner}).encode()
     headers = {"Retry-After": str(max(1, round(retry_s)))} if retry_s else {}
     if status == 401:

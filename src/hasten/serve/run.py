@@ -28,6 +28,7 @@ class TimedH11(H11Protocol):
     """uvicorn's HTTP/1.1 with a time for the headers: a client that sends them byte by byte is cut off."""
 
     _late: asyncio.TimerHandle | None = None
+    _begun: Any = None  # the request whose headers were the last to arrive whole
 
     def connection_made(self, transport: Any) -> None:
         """Start the clock of the first request."""
@@ -35,12 +36,17 @@ class TimedH11(H11Protocol):
         self._late = self.loop.call_later(LIMITS.body_s, self._cut)
 
     def handle_events(self) -> None:
-        """Stop the clock when a request has begun; uvicorn itself closes connections that stay idle after one."""
+        """Stop the clock when a request has begun, start it when part of the next has come and none is being answered.
+
+        uvicorn itself closes connections on which nothing at all comes after an answer.
+        """
         super().handle_events()
-        if self.cycle is not None and self._late is not None:
-            self._late.cancel()
-            self._late = None
-        elif self.cycle is not None and self.cycle.response_complete and self.conn.trailing_data[0] and self._late is None:
+        if self.cycle is not self._begun:
+            self._begun = self.cycle
+            if self._late is not None:
+                self._late.cancel()
+                self._late = None
+        elif self._late is None and self.cycle.response_complete and self.conn.trailing_data[0]:
             self._late = self.loop.call_later(LIMITS.body_s, self._cut)
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -56,6 +56,7 @@ class Gate:
     def _refusal(self, scope: Scope) -> errors.ApiError | None:
         headers = scope["headers"]
         size = sum(len(name) + len(value) + 4 for name, value in headers)
+        size += len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"")
         if len(headers) > LIMITS.http_headers or size > LIMITS.http_header_bytes:
             return errors.ApiError(431, "the request's headers are too large", code="headers_too_large")
         named: dict[bytes, list[bytes]] = {}
@@ -100,7 +101,9 @@ class Gate:
         if scope["method"] != "POST":
             return receive
         for name, value in scope["headers"]:
-            if name.lower() == b"content-length" and (not value.isdigit() or int(value) > LIMITS.body_bytes):
+            if name.lower() == b"content-length" and (
+                not value.isdigit() or len(value) > 15 or int(value) > LIMITS.body_bytes
+            ):
                 raise _too_large()
         body, more, end = bytearray(), True, time.monotonic() + self._seconds
         while more:

@@ -18,10 +18,10 @@ from torch import Tensor
 from hasten import registry
 from hasten.engine.contracts import MethodContext
 from hasten.engine.engine import Engine, Parts
-from hasten.engine.parts import CanvasRow, PartRange, Scorer, View
+from hasten.engine.parts import CanvasRow, PartRange, View
 from hasten.errors import ConfigError, HastenError, IncompatibleError, out_of_range
 from hasten.models.feature import identity
-from hasten.policy import Policy
+from hasten.policy import Policy, Scorer
 from hasten.types import Request, SamplingParams
 from hasten.unmask.learn2pd import Filter, confidences
 
