@@ -22,6 +22,7 @@ from hasten.serve.worker import Worker
 
 if TYPE_CHECKING:
     from hasten.llm import LLM
+    from hasten.serve.replicas.front import Front
 
 
 class TimedH11(H11Protocol):
@@ -63,7 +64,7 @@ class TimedH11(H11Protocol):
 class Server(uvicorn.Server):
     """uvicorn's server, which takes no further request from the moment a signal asks it to stop."""
 
-    def __init__(self, config: uvicorn.Config, worker: Worker) -> None:
+    def __init__(self, config: uvicorn.Config, worker: Worker | Front) -> None:
         super().__init__(config)
         self._worker = worker
 
@@ -126,18 +127,25 @@ def run(
     logs.configure(log_level, log_json)
     worker = Worker(sources, settings)
     server = Server(config(build_app(worker, settings), settings), worker)
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((settings.host.strip("[]"), settings.port))
-        except OSError as error:
-            raise ConfigError(
-                f"{settings.host}:{settings.port} cannot be listened on ({error.strerror})",
-                hint="another server may be running; --port chooses another",
-                field="port",
-            ) from None
+    with bound(settings) as listener:
         port = listener.getsockname()[1]
         scheme = "http"
         logs.say(f"hasten serves {', '.join(sources)} on {scheme}://{settings.host}:{port}")
         server.run([listener])
+
+
+def bound(settings: Settings) -> socket.socket:
+    """A socket bound to the address of `settings`, not yet listening; raises ConfigError when it is taken."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host.strip("[]"), settings.port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"{settings.host}:{settings.port} cannot be listened on ({error.strerror})",
+            hint="another server may be running; --port chooses another",
+            field="port",
+        ) from None
+    return listener
