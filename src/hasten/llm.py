@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -13,22 +12,19 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from hasten import registry
 from hasten.engine.limits import LIMITS
 from hasten.errors import ConfigError, HastenError, IncompatibleError, out_of_range, unknown_name
-from hasten.types import Event, Grammar, MethodCard, Output, Request, SamplingParams
+from hasten.types import Event, Grammar, Output, Request, SamplingParams
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hasten.engine.contracts import Capabilities, LogitsRule, MethodContext
+    from hasten.budget import PassCost
+    from hasten.engine.contracts import LogitsRule
     from hasten.engine.engine import Parts
     from hasten.models.load import Loaded
-    from hasten.policy import Policy
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, object]
 Form = Grammar | Mapping[str, Any]  # a mapping is a JSON schema
-AUTO: tuple[str, ...] = ("prompt-lookup", "token-recycling")  # what "auto" drafts with: exact, untrained, any causal model
-TRAINED = ("aded", "fspad")  # and with those of these that were made for the model
-# On the native stack only the first of each: beside its short passes the others take longer than they save (bench/spec.py).
 _SLOT = re.compile(r"<mask:(\d{1,7})>")
 _SAMPLING = tuple(f.name for f in fields(SamplingParams))
 
@@ -62,6 +58,8 @@ def load(
     weights: str = "stored",
     threads: int | None = None,
     cache_bytes: int | None = None,
+    serving: bool = False,
+    prefix_cache: bool = False,
     force: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> LLM:
@@ -71,8 +69,9 @@ def load(
     native or torch. Lossy, for the native stack: `activations` int8 (inputs of quantised matrices rounded to 8 bits),
     `cache` bfloat16 or int8 (keys and values), `weights` int8, int4 or int4-min (rounded to nearest).
     `threads`: CPU threads for this process (default: all). `cache_bytes`: KV cache (default: half of what is free after
-    loading). `force`: load although the memory check says it will not fit. `progress(what, done, total)` is called during
-    downloads and loading.
+    loading). `serving`: for many users at once - a shorter queue, and requests that free memory does not allow are refused
+    for now; `prefix_cache`: keep keys of prompts for later ones that begin alike. `force`: load although the memory check
+    says it will not fit. `progress(what, done, total)` is called during downloads and loading.
     Raises UnknownNameError, DownloadError, FormatError, UnsupportedError, MemoryFitError, ConfigError.
     """
     import torch
@@ -89,7 +88,7 @@ def load(
         library.set_threads(min(torch.get_num_threads(), 256))
     loaded = load_model(model, progress=progress, force=force, **how)
     loaded.model.pack()
-    return LLM(loaded, name=str(model), cache_bytes=cache_bytes)
+    return LLM(loaded, name=str(model), cache_bytes=cache_bytes, serving=serving, prefix_cache=prefix_cache)
 
 
 class LLM:
@@ -98,7 +97,15 @@ class LLM:
     Sampling keywords everywhere are the fields of SamplingParams; unknown ones are refused by name.
     """
 
-    def __init__(self, loaded: Loaded, name: str, cache_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        loaded: Loaded,
+        name: str,
+        cache_bytes: int | None = None,
+        *,
+        serving: bool = False,
+        prefix_cache: bool = False,
+    ) -> None:
         from hasten.engine.engine import Engine
         from hasten.models.memory import available_bytes
 
@@ -116,6 +123,10 @@ class LLM:
             self.model,
             cache_bytes=cache_bytes,
             decoder=None if self.tokenizer is None else self.tokenizer.stream,
+            queue=LIMITS.served_queue if serving else LIMITS.queue,
+            prefix_bytes=int(cache_bytes * LIMITS.prefix_share) if prefix_cache else 0,
+            identity=f"{loaded.source} {loaded.dtype}",
+            available=available_bytes if serving else None,
         )
         self._parts: dict[tuple[str, ...], Parts] = {}
         self._grammars: Grammars | None = None
@@ -245,13 +256,21 @@ class LLM:
             raise out_of_range("prompt", prompt, "a string or a list of token ids")
         return list(cast("Sequence[int]", prompt))
 
-    def chat_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of `messages` through the model's chat template, up to where the answer begins."""
+    def chat_ids(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        options: Mapping[str, object] | None = None,
+    ) -> list[int]:
+        """Token ids of `messages` through the model's chat template, up to where the answer begins.
+
+        `tools` and `options` (of the template) as `models.templates.ChatTemplate.render` takes them.
+        """
         if self.tokenizer is None:
             raise ConfigError(
                 f"model {self.name!r} has no tokenizer", hint="pass token ids to generate()", field="messages"
             )
-        return self.tokenizer.chat(messages)
+        return self.tokenizer.chat(messages, tools=tools, options=options)
 
     # --- methods ---
 
@@ -261,8 +280,12 @@ class LLM:
         With `grammar` they hold its rule too. Raises UnknownNameError, UnsupportedError (planned), IncompatibleError naming
         both sides, and as `compile` does.
         """
+        from hasten.combine import combine
+        from hasten.engine.contracts import MethodContext
+
         if names not in self._parts:
-            self._parts[names] = self._build(names)
+            context = MethodContext(self.name, self.model, self.tokenizer)
+            self._parts[names] = combine(names, context, self._costs)
         parts = self._parts[names]
         return parts if grammar is None else replace(parts, rules=(*parts.rules, self.compile(grammar)))
 
@@ -300,93 +323,15 @@ class LLM:
         """Drop every method built so far with what it has learnt; the next request starts cold. Nothing may be running."""
         self._parts.clear()
 
-    def _auto(self) -> tuple[str, ...]:
-        """What "auto" drafts with: what needs no training, and what was counted or trained for this model."""
-        from hasten.models.feature import weights_path
-        from hasten.models.stack import DecoderStack
-
-        if not isinstance(self.model, DecoderStack):
-            return AUTO
-        native = self.model.name == "native"
-        names = list(AUTO[:1] if native else AUTO)
-        for slug in TRAINED[:1] if native else TRAINED:
-            with suppress(ConfigError):  # none was made for this model
-                weights_path(slug, self.model, self.name)
-                names.append(slug)
-        return tuple(names)
-
-    def _build(self, names: tuple[str, ...]) -> Parts:
-        from hasten.engine.contracts import MethodContext
-        from hasten.engine.engine import PLAIN, Parts
-        from hasten.union import Union
-
-        masked = self.model.capabilities.kind == "masked"
-        if masked:
-            names = registry.expand(names)
-        slugs = [registry.parse(name)[0] for name in names]
-        if not slugs:
-            raise ConfigError("method is empty; method must be 'auto', 'plain' or method names", field="method")
-        if any(slug in ("auto", "plain") for slug in slugs):
-            if len(slugs) > 1:
-                raise IncompatibleError(f"method {slugs[0]!r} cannot be combined with {slugs[1]!r}", field="method")
-            if slugs[0] == "plain":
-                return PLAIN
-            names = self._auto()
-            slugs = [registry.parse(name)[0] for name in names]
-        self._expect_costs()
-        context = MethodContext(self.name, self.model, self.tokenizer)
-        cards = [registry.card(slug) for slug in slugs]
-        for i, one in enumerate(cards):
-            _check_needs(one, self.name, self.model.capabilities)
-            for other in cards[:i]:
-                if one.slug == other.slug or other.slug in one.conflicts or one.slug in other.conflicts:
-                    raise IncompatibleError(f"method {one.slug!r} cannot be combined with {other.slug!r}", field="method")
-        if masked:
-            return Parts(canvas=self._canvas(names, context), method=tuple(slugs))
-        drafters = [name for name, one in zip(names, cards, strict=True) if one.plugs_into == "draft"]
-        rules = [name for name, one in zip(names, cards, strict=True) if one.plugs_into == "logits"]
-        if len(drafters) + len(rules) < len(names):
-            other = next(one for one in cards if one.plugs_into not in ("draft", "logits"))
-            raise IncompatibleError(
-                f"method {other.slug!r} plugs into {other.plugs_into!r} and cannot be chosen per request",
-                field="method",
-            )
-        if "grammar" in slugs:
-            raise IncompatibleError(
-                "method 'grammar' needs a grammar", hint="give one: grammar=hasten.Grammar.regex('[0-9]+')", field="method"
-            )
-        built = [registry.build(name, context) for name in drafters]
-        return Parts(
-            drafter=Union(built, self.engine.pass_cost) if len(built) > 1 else built[0] if built else None,
-            rules=tuple(registry.build(name, context) for name in rules),
-            budget=LIMITS.draft_budget,
-            measured=True,
-            method=tuple(slugs),
-        )
-
-    def _canvas(self, names: Sequence[str], context: MethodContext) -> Policy:
-        """The policy that these methods make together; what they leave open is the reference sampler's."""
-        from hasten.policy import Policy
-
-        joined = Policy()
-        for name in names:
-            part = registry.build(name, context)
-            if not isinstance(getattr(part, "policy", None), Policy):
-                raise IncompatibleError(
-                    f"method {registry.parse(name)[0]!r} has no part in filling a canvas", field="method"
-                )
-            joined = joined.join(part.policy)
-        base = registry.build("reference", context)
-        return joined.over(base.policy).over(base.rest).check(context.capabilities)
-
-    def _expect_costs(self) -> None:
-        """Tell the engine what passes cost here, from this machine's profile (measured at first use, in under a second)."""
+    def _costs(self) -> PassCost:
+        """What passes cost on this machine, from its profile to begin with (measured at first use, in under a second)."""
         from hasten.models.native import NativeStack
 
         if isinstance(self.model, NativeStack) and not self.engine.pass_cost.table():
             from hasten.models.cost import profile
 
             self.engine.pass_cost.expect(1, profile(self.model, self.name).table(256))
+        return self.engine.pass_cost
 
     def save_state(self, path: str | Path) -> None:
         """Write what shared drafters have learnt so far (token tables; no prompts or answers) to a safetensors file."""
@@ -502,14 +447,3 @@ class LLM:
             "threads": torch.get_num_threads(),
             "backbone": self.model.name,
         }
-
-
-def _check_needs(card: MethodCard, model: str, capabilities: Capabilities) -> None:
-    """Raise IncompatibleError naming the method and the model unless every need is among its capabilities."""
-    for need in card.needs:
-        if not capabilities.has(need):
-            raise IncompatibleError(
-                f"method {card.slug!r} needs {need!r}, which model {model!r} ({capabilities.kind}) does not offer",
-                hint="choose another method (`hasten methods`) or another model",
-                field="method",
-            )

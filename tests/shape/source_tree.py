@@ -19,9 +19,10 @@ RANKS = {
     **dict.fromkeys(("engine", "worlds"), 1),
     **dict.fromkeys(("kernels", "union", "policy", "scoring"), 2),
     "models": 3,
-    **dict.fromkeys(("llm", *METHOD_FOLDERS), 4),
-    **dict.fromkeys(("train", "bench", "serve"), 5),
-    "cli": 6,
+    "combine": 4,
+    **dict.fromkeys(("llm", *METHOD_FOLDERS), 5),
+    **dict.fromkeys(("train", "bench", "serve"), 6),
+    "cli": 7,
 }  # an import goes to a lower rank or stays in its own part; rank 0 is one part
 ONLY_IN = {
     "transformers": ("models.hf", "bench.peers"),

@@ -33,7 +33,7 @@ Progress = Callable[[str, int, int], None]
 class Harness(TemplateLM):  # type: ignore[misc]
     """One model under lm-eval's interface.
 
-    `method`: how answers are decoded. `samples`: Monte-Carlo samples of a masked model's bound. `greedy`: find out whether a
+    `method`: how answers are decoded. `samples`: Monte-Carlo samples of a masked model's bound. `greedy`: find out if a
     masked model would fill in exactly the continuation (a forward per token; only metrics that ask for it need it).
     """
 

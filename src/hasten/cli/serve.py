@@ -68,11 +68,10 @@ def serve(
         aliases=aliases,
         method=chosen,
         open_network=i_know,
-        prefix_cache=prefix_cache,
     )
     options = {
         "dtype": dtype, "backbone": backbone, "activations": activations, "cache": cache, "weights": weights,
-        "threads": threads, "force": force,
+        "threads": threads, "force": force, "prefix_cache": prefix_cache,
     }  # fmt: skip
     sources = named(models, aliases, options)
     if not settings.loopback and not settings.keys:

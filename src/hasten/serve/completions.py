@@ -44,7 +44,7 @@ async def complete(body: CompletionBody, request: Request) -> Response:
         lambda llm: [ids(llm, prompt) for prompt in prompts],
         max_tokens=body.max_tokens,
         logprobs=body.logprobs,
-        grammar=generation.grammar(body, None),
+        form=generation.form(body, None),
         suffix=body.suffix,
     )
     if body.stream:
@@ -140,7 +140,15 @@ async def scores(worker: Worker, model: str, prompts: Sequence[Sequence[int]], t
 def _judge(llm: LLM, prompt: Sequence[int], top: int) -> Generator[None, None, list[TokenLogprob]]:
     from hasten.scoring import judge
 
-    return judge(llm.model, llm.engine.scheduler.pool, prompt, 1, top)
+    yield from room(llm, len(prompt))
+    return (yield from judge(llm.model, llm.engine.scheduler.pool, prompt, 1, top))
+
+
+def room(llm: LLM, tokens: int) -> Generator[None, None, None]:
+    """Wait, turn by turn, until the cache has room for a text that fits when others have ended."""
+    pool = llm.engine.scheduler.pool
+    while not pool.fits(tokens) and pool.could_ever_fit(tokens) and llm.engine.scheduler.running:
+        yield
 
 
 async def scored(worker: Worker, body: CompletionBody, prompts: Sequence[Any], head: Head) -> dict[str, Any]:

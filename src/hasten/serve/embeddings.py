@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse
 
 from hasten.errors import out_of_range
 from hasten.serve import generation
-from hasten.serve.completions import ids, listed
+from hasten.serve.completions import ids, listed, room
 from hasten.serve.protocol import EmbeddingBody
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def vectors(llm: LLM, texts: Sequence[Sequence[int]], body: EmbeddingBody) -> Ge
 
     out = []
     for one in texts:
+        yield from room(llm, len(one))
         state = yield from pooled(llm.model, llm.engine.scheduler.pool, one, last=body.hasten.pooling == "last")
         vector = state.numpy()
         if body.dimensions is not None and body.dimensions > len(vector):

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from hasten.engine.limits import LIMITS
 from hasten.engine.scheduler import QueueFullError
 from hasten.errors import (
+    BusyError,
     ConfigError,
     ContextLengthError,
     FormatError,
@@ -53,6 +54,7 @@ _KINDS: tuple[tuple[type[HastenError], int, str], ...] = (
     (MissingExtraError, 400, "unsupported"),
     (MemoryFitError, 400, "does_not_fit"),
     (QueueFullError, 429, "queue_full"),
+    (BusyError, 503, "busy"),
     (UnavailableError, 503, "unavailable"),
 )
 
@@ -72,12 +74,9 @@ def describe(error: BaseException) -> tuple[int, dict[str, Any], float]:
     if isinstance(error, ApiError):
         status, code, retry_s = error.status, error.code, error.retry_s
     elif isinstance(error, HastenError):
-        if retry_s:
-            status, code = 503, "busy"
-        else:
-            found = next(((status, code) for kind, status, code in _KINDS if isinstance(error, kind)), None)
-            status, code = found or (500, "engine_error")
-            retry_s = 1.0 if status in (429, 503) else 0.0
+        found = next(((status, code) for kind, status, code in _KINDS if isinstance(error, kind)), None)
+        status, code = found or (500, "engine_error")
+        retry_s = (retry_s or 1.0) if status in (429, 503) else 0.0
     else:
         number = secrets.token_hex(6)
         _LOG.error("internal error %s", number, exc_info=error)

@@ -15,10 +15,12 @@ from hasten.engine.limits import LIMITS
 from hasten.errors import ConfigError, IncompatibleError, UnknownNameError, out_of_range
 from hasten.serve.errors import ApiError
 from hasten.serve.protocol import Extension, Sampling
+from hasten.serve.tools import Offer, tool_grammar
 from hasten.serve.worker import Answer, Worker
 from hasten.types import MAX_SEED, Event, Grammar, Output, Request, SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:
+    from hasten.engine.contracts import LogitsRule
     from hasten.llm import LLM
 
 T = TypeVar("T")
@@ -92,7 +94,7 @@ async def begin(
     *,
     max_tokens: int | None,
     logprobs: int | None = None,
-    grammar: Grammar | None = None,
+    form: Form | None = None,
     suffix: str | None = None,
     label: str | None = None,
 ) -> Job:
@@ -106,13 +108,15 @@ async def begin(
     parts = await worker.call(model, lambda loaded: loaded.parts(names))
     masked = llm.model.capabilities.kind == "masked"
     if masked:
-        _refuse_for_canvas(body, logprobs, grammar)
+        _refuse_for_canvas(logprobs, form)
     elif suffix is not None:
         raise IncompatibleError("suffix needs a model that fills canvases", field="suffix")
-    if grammar is not None:
-        rule = await worker.prepare(llm.compile, grammar)
+    if form is not None:
+        rule = await worker.prepare(form.compile, llm)
         parts = replace(parts, rules=(*parts.rules, rule))
     owner = tenant(http, label)
+
+    grammar = None if form is None else form.grammar
 
     def requests() -> tuple[Request, ...]:
         out = []
@@ -167,31 +171,56 @@ def _sampling(body: Sampling, llm: LLM, max_tokens: int | None, logprobs: int | 
     )
 
 
-def _refuse_for_canvas(body: Sampling, logprobs: int | None, grammar: Grammar | None) -> None:
+def _refuse_for_canvas(logprobs: int | None, form: Form | None) -> None:
     """What has no meaning on a canvas is refused, not dropped."""
-    if grammar is not None:
+    if form is not None:
         raise IncompatibleError(
             "grammars work from left to right; this model fills a canvas, whose grammars hasten does not have yet",
             hint="ask a left-to-right model, or leave response_format, tools and grammars out",
-            field="response_format",
+            field=form.field,
         )
     if logprobs is not None:
         raise IncompatibleError("a model that fills canvases has no left-to-right probabilities", field="logprobs")
 
 
-def grammar(body: Sampling, format_: Grammar | None) -> Grammar | None:
+@dataclass(frozen=True, slots=True)
+class Form:
+    """The form of an answer, and the field that asked for it: what is wrong with the grammar is said of that field."""
+
+    grammar: Grammar
+    field: str
+    offer: Offer | None = None
+
+    def compile(self, llm: LLM) -> LogitsRule:
+        """The rule of the form for a model; raises ConfigError naming the field and, for tools, whose schema it is."""
+        try:
+            return llm.compile(self.grammar)
+        except ConfigError as error:
+            for path, schema in self.offer.schemas() if self.offer is not None else ():
+                try:
+                    llm.compile(Grammar.json_schema(dict(schema)))
+                except ConfigError as own:
+                    raise ConfigError(f"{path}: {own.message}", hint=own.hint, field=path) from None
+            raise type(error)(error.message, hint=error.hint, field=self.field) from None
+
+
+def form(body: Sampling, asked: Grammar | None, offer: Offer | None = None) -> Form | None:
     """The one form that a body asks for, by response_format, tools or the extension; raises ConfigError for two."""
-    own = body.hasten
-    asked = [("response_format", format_)] if format_ is not None else []
+    own, tools = body.hasten, tool_grammar(offer)
+    forms = [Form(asked, "response_format")] if asked is not None else []
+    if tools is not None:
+        forms.append(Form(tools, "tools", offer))
     if own.regex is not None:
-        asked.append(("hasten.regex", Grammar("regex", own.regex)))
+        forms.append(Form(Grammar.regex(own.regex), "hasten.regex"))
     if own.lark is not None:
-        asked.append(("hasten.lark", Grammar("lark", own.lark)))
+        forms.append(Form(Grammar.lark(own.lark), "hasten.lark"))
     if own.choice is not None:
-        asked.append(("hasten.choice", Grammar("choice", json.dumps(own.choice, ensure_ascii=False))))
-    if len(asked) > 1:
-        raise ConfigError(f"{asked[0][0]} and {asked[1][0]} both say what the answer looks like", field=asked[1][0])
-    return asked[0][1] if asked else None
+        forms.append(Form(Grammar.choice(own.choice), "hasten.choice"))
+    if len(forms) > 1:
+        raise ConfigError(
+            f"{forms[0].field} and {forms[1].field} both say what the answer looks like", field=forms[1].field
+        )
+    return forms[0] if forms else None
 
 
 # --- what goes back ---

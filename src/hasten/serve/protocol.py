@@ -175,7 +175,7 @@ class ChatBody(Sampling):
     response_format: ResponseFormat | None = None
     tools: list[dict[str, Any]] = Field(default_factory=list, max_length=LIMITS.tools)
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
-    parallel_tool_calls: bool = True
+    parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, bool | int | float | str] = Field(default_factory=dict, max_length=2)
     modalities: list[Literal["text"]] = Field(["text"], min_length=1, max_length=1)
     service_tier: Literal["auto", "default"] = "auto"

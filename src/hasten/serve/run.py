@@ -91,7 +91,7 @@ def named(models: Sequence[str], aliases: Mapping[str, str], options: Mapping[st
             raise ConfigError(f"model {model!r} gives no name to serve it under", hint="rename it", field="models")
         if name in out:
             raise ConfigError(f"two models would be served as {name!r}", hint="rename one", field="models")
-        out[name] = partial(hasten.load, model, **options)
+        out[name] = partial(hasten.load, model, serving=True, **options)
     for alias, model in aliases.items():
         if model not in out:
             raise ConfigError(f"alias {alias!r} means {model!r}, which is not served", field="alias")

@@ -22,7 +22,6 @@ class Settings:
     `keys`: API keys, any of which opens every route (none: no key is asked for, on loopback only). `hosts`: names besides
     localhost and the address itself under which the server may be called. `aliases`: further names of models.
     `method`: how requests decode that do not say. `open_network`: listen off loopback without a key all the same.
-    `prefix_cache`: keep the keys of prompts for later ones that begin alike.
 
     Raises ConfigError naming the field.
     """
@@ -34,7 +33,6 @@ class Settings:
     aliases: Mapping[str, str] = field(default_factory=dict)
     method: tuple[str, ...] = ("auto",)
     open_network: bool = False
-    prefix_cache: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.port, bool) or not isinstance(self.port, int) or not 0 <= self.port <= 65535:

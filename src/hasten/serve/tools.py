@@ -31,9 +31,13 @@ from hasten.types import Grammar
 Delta = dict[str, Any]
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_OPEN = frozenset(
+    (
+        *("$ref", "allOf", "anyOf", "oneOf", "additionalProperties", "patternProperties", "propertyNames"),
+        "unevaluatedProperties",
+    )
+)
 _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
-# Arguments as json.dumps writes them: what models were shown, no runs of white space, and more tokens that are forced.
-_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,12 +181,17 @@ def tool_grammar(offer: Offer | None) -> Grammar | None:
     for i in places:
         tool = offer.tools[i]
         head = f'{{"name": {json.dumps(tool.name)}, "arguments": '
-        schema = {"x-guidance": _LAYOUT, **(tool.parameters or _NO_ARGUMENTS)}
+        schema = _closed(tool.parameters) if tool.parameters else _NO_ARGUMENTS
         lines.append(f'call_{i}: {_quoted(head)} %json {_json(schema, i)} "}}"')
     text = "\n".join(lines) + "\n"
     if len(text) > LIMITS.grammar_bytes:
         raise out_of_range("tools", f"schemas of {len(text)} bytes", f"at most {LIMITS.grammar_bytes} bytes of schemas")
     return Grammar("lark", text)
+
+
+def _closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schema without properties it does not name, where it does not say: arguments nobody reads are not written."""
+    return schema if _OPEN.intersection(schema) else {**schema, "additionalProperties": False}
 
 
 def _json(schema: Mapping[str, Any], i: int) -> str:

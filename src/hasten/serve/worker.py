@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import queue
+import secrets
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
@@ -65,7 +66,7 @@ class Answer:
 
     def __init__(self, worker: Worker, model: str, choices: int, provisional: bool) -> None:
         self._worker, self._model, self._open = worker, model, choices
-        self.provisional = provisional
+        self.provisional, self.number = provisional, secrets.randbits(63)
         self._inbox: asyncio.Queue[tuple[int, list[Event]] | BaseException] = asyncio.Queue()
         self.ids: list[int] = []
         self.waiting = 0  # requests ahead of this one when it was added
@@ -300,7 +301,7 @@ class Worker:
         try:
             answer.waiting = len(engine.scheduler.waiting)
             for request, parts in jobs:
-                ids.append(engine.add(request, parts))
+                ids.append(engine.add(request, parts, deadline_s))
         except Exception as error:  # noqa: BLE001 - goes to who asked
             for one in ids:
                 engine.abort(one)
