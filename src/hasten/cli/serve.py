@@ -47,7 +47,7 @@ def serve(
     weights: Weights = "stored",
     threads: Threads = None,
     force: Annotated[bool, typer.Option("--force", help="Load although the memory check refuses.")] = False,
-    ray: Annotated[bool, typer.Option("--ray", help="Serve from replicas: processes or machines, through Ray Serve.")] = False,
+    ray: Annotated[bool, typer.Option("--ray", help="Serve from several processes, through Ray Serve.")] = False,
     replicas: Annotated[int | None, typer.Option(help="With --ray: how many, each with its share of threads.")] = None,
     ray_address: Annotated[
         str | None, typer.Option(help="With --ray: a cluster that runs already (default: one of this machine).")

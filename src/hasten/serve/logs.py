@@ -29,7 +29,9 @@ class Lines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """One line; an exception's traceback is part of it, escaped."""
-        fields: dict[str, Any] = {name: value for name, value in vars(record).items() if name not in _OWN}
+        fields: dict[str, Any] = {
+            name: value for name, value in vars(record).items() if name not in _OWN and name[0] != "_"
+        }
         trouble = self.formatException(record.exc_info) if record.exc_info else ""
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
         if self._json:

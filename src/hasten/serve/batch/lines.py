@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 
 from hasten.engine.limits import LIMITS
 from hasten.errors import ConfigError, FormatError
-from hasten.serve.protocol import ChatBody, CompletionBody, EmbeddingBody, Extension
+from hasten.serve.protocol import Body, ChatBody, CompletionBody, EmbeddingBody, Extension
 
-ROUTES = {"/v1/chat/completions": ChatBody, "/v1/completions": CompletionBody, "/v1/embeddings": EmbeddingBody}
+ROUTES: dict[str, type[Body]] = {"/v1/chat/completions": ChatBody, "/v1/completions": CompletionBody, "/v1/embeddings": EmbeddingBody}
 _SHORT = {"messages": "/v1/chat/completions", "prompt": "/v1/completions", "input": "/v1/embeddings"}
 _LONG = ("custom_id", "method", "url", "body")
 _ID_CHARS = 512
@@ -59,7 +59,7 @@ class Survey:
     `prefix_sha256` is empty when those bytes do not end with a line.
     """
 
-    bytes: int
+    size: int
     sha256: str
     prefix_sha256: str
     ids: frozenset[bytes]

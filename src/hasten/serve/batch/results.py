@@ -34,7 +34,7 @@ def read_note(out: Path) -> dict[str, Any] | None:
 
 
 class Results:
-    """Appends answers to `out`; `answered` holds the digests of the ids that have one, `failed` how many of them are errors.
+    """Appends answers to `out`; `answered` holds the digests of the ids that have one, `failed` counts errors among them.
 
     Opening repairs: a last line that was cut is dropped. With `retry`, lines that hold errors are too. `run` says what
     shapes the answers (model, settings). Raises ConfigError when `out` belongs to another run or is being written to.
@@ -84,7 +84,7 @@ class Results:
                     )
             if note["input"]["sha256"] not in (survey.sha256, survey.prefix_sha256):
                 raise ConfigError(f"out = {str(self.out)!r} belongs to another input", hint=way_out, field="out")
-        whole = {**run, "input": {"bytes": survey.bytes, "sha256": survey.sha256}}
+        whole = {**run, "input": {"bytes": survey.size, "sha256": survey.sha256}}
         part = note_path(self.out).with_name(note_path(self.out).name + ".part")
         part.write_text(json.dumps(whole) + "\n", encoding="utf-8")
         part.replace(note_path(self.out))

@@ -71,10 +71,14 @@ class Fleet:
         states = next(iter(application.deployments.values())).replica_states
         return {getattr(state, "value", str(state)): count for state, count in states.items() if count}
 
-    def facts(self) -> list[dict[str, Any]]:
-        """What each replica holds and does."""
+    def every(self, name: str, *given: Any) -> list[Any]:
+        """What each replica returns for its method `name`; raises HastenError when one does not answer."""
         handle = self.serve.get_app_handle(_NAME)
-        return list(handle.broadcast("facts").results(timeout_s=_HEALTH_TIMEOUT_S))
+        silent: tuple[type[BaseException], ...] = (*self.lost, TimeoutError)
+        try:
+            return list(handle.broadcast(name, *given).results(timeout_s=_HEALTH_TIMEOUT_S))
+        except silent as error:
+            raise HastenError(f"a replica did not answer ({type(error).__name__})", hint="try again") from None
 
     @property
     def lost(self) -> tuple[type[BaseException], ...]:
@@ -92,7 +96,7 @@ def _deployment(serve: Any, count: int, threads: int, models: int) -> Any:
     """Replica as Ray Serve's deployment."""
 
     class Served(Replica):
-        async def __init__(self, spec: Mapping[str, Any]) -> None:
+        async def __init__(self, spec: Mapping[str, Any]) -> None:  # type: ignore[misc]  # Ray Serve awaits it
             Replica.__init__(self, spec)
             names = list(spec["models"])
             rank = serve.get_replica_context().rank  # which of the replicas this is: models are spread over them
@@ -147,9 +151,7 @@ def run_replicas(
     plain = {**asdict(settings), "aliases": dict(settings.aliases)}
     spec = {"models": dict(models), "load": {**load, "threads": share}, "settings": plain, "replicas": count}
     with bound(settings) as listener, cluster(address, count * share + 1) as ray, _fleet(ray, spec, count, share) as fleet:
-        front = Front(
-            tuple(models), settings, fleet.ask, fleet.lost, fleet.full, fleet.counts, fleet.facts
-        )
+        front = Front(tuple(models), settings, fleet.ask, fleet.lost, fleet.full, fleet.counts, fleet.every)
         fleet.deploy()
         front.state = "ready"
         server = Server(config(Gate(front, settings), settings), front)

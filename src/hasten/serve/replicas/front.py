@@ -9,11 +9,12 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from hasten.errors import HastenError, unknown_name
 from hasten.serve import errors
+from hasten.serve.replicas.exposition import merged
 from hasten.serve.settings import Settings
 from hasten.serve.worker import State
 
@@ -30,7 +31,8 @@ class LostError(HastenError):
 class Front:
     """An ASGI application. `ask(model, request)` gives a replica's answer as an async iterator with `cancel()`: first
     [status, headers], then pieces of the body; it raises one of `lost` when the replica is gone, one of `full` when all
-    are busy. `counts()` says how many replicas are in which state, `facts()` what each of them does.
+    are busy. `counts()` says how many replicas are in which state, `every(name, *given)` what each of them returns for the
+    method `name`.
     """
 
     def __init__(
@@ -41,11 +43,11 @@ class Front:
         lost: tuple[type[BaseException], ...],
         full: tuple[type[BaseException], ...],
         counts: Callable[[], dict[str, int]],
-        facts: Callable[[], list[dict[str, Any]]],
+        every: Callable[..., list[Any]],
     ) -> None:
         self.state: State = "loading"
         self._models, self._settings, self._ask = tuple(models), settings, ask
-        self._lost, self._full, self._counts, self._facts = lost, full, counts, facts
+        self._lost, self._full, self._counts, self._every = lost, full, counts, every
 
     def drain(self) -> None:
         """Take no further request; what runs goes on."""
@@ -71,13 +73,16 @@ class Front:
             running = counts.get("RUNNING", 0)
             status = self.state if running else "loading"
             good = ("ready", "draining") if path == "/health" else ("ready",)
-            body: dict[str, Any] = {"status": status}
+            said: dict[str, Any] = {"status": status}
             if path == "/ready":
-                body["replicas"] = counts
-            await JSONResponse(body, 200 if status in good else 503)(scope, receive, send)
+                said["replicas"] = counts
+            await JSONResponse(said, 200 if status in good else 503)(scope, receive, send)
             return
         if path == "/hasten/replicas":
-            await JSONResponse({"replicas": await asyncio.to_thread(self._facts)})(scope, receive, send)
+            await JSONResponse({"replicas": await asyncio.to_thread(self._every, "facts")})(scope, receive, send)
+            return
+        if path == "/metrics":
+            await self._metrics(scope, receive, send)
             return
         if self.state != "ready":
             raise errors.ApiError(503, "the server is shutting down", code="unavailable", retry_s=1)
@@ -175,6 +180,14 @@ class Front:
             gone.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await gone
+
+    async def _metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """What every replica measures, on one page."""
+        found = await asyncio.to_thread(self._every, "pages", self._request(scope, b""))
+        pages = [(labels, text) for replica in found for labels, status, text in replica if status == 200]
+        if not pages:
+            raise errors.ApiError(404, "the replicas have no metrics", code="no_metrics")
+        await PlainTextResponse(merged(pages), media_type="text/plain; version=0.0.4")(scope, receive, send)
 
     async def _all_models(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The lists of all models' applications as one."""

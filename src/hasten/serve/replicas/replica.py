@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hasten.engine.limits import LIMITS
 from hasten.errors import HastenError
-from hasten.serve.asgi import exchange, http_scope
+from hasten.serve.asgi import answer, exchange, http_scope
 from hasten.serve.settings import Settings
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class Replica:
     def __init__(self, spec: Mapping[str, Any]) -> None:
         self.spec = spec
         self.workers: dict[str, Worker] = {}
+        self._apps: dict[str, FastAPI] = {}
         self._stack = AsyncExitStack()
 
     async def open(self, name: str) -> FastAPI:
@@ -47,7 +48,7 @@ class Replica:
             await asyncio.sleep(0.02)
         if worker.state == "stopped":
             raise HastenError(f"model {name!r} could not be loaded ({worker.failure})", hint="see the replica's log")
-        self.workers[name] = worker
+        self.workers[name], self._apps[name] = worker, app
         return app
 
     async def relay(self, app: FastAPI, request: Mapping[str, Any]) -> AsyncGenerator[Any, None]:
@@ -63,6 +64,15 @@ class Replica:
                     yield [message["status"], fields]
                 elif message["type"] == "http.response.body" and message.get("body"):
                     yield bytes(message["body"])
+
+    async def pages(self, request: Mapping[str, Any]) -> list[list[Any]]:
+        """[labels, status, text] of what each application here answers to `request`, which has no body."""
+        out = []
+        for name, app in list(self._apps.items()):
+            scope = http_scope(request["method"], request["path"], request["headers"], request["query"])
+            status, _, body = await answer(app, scope)
+            out.append([{"replica": str(os.getpid()), "engine": name}, status, body.decode("utf-8", "replace")])
+        return out
 
     def check(self) -> None:
         """Raise HastenError when an engine has ended: the replica is to be replaced."""
