@@ -13,7 +13,11 @@ from hasten.engine.limits import LIMITS
 from hasten.errors import ConfigError, FormatError
 from hasten.serve.protocol import Body, ChatBody, CompletionBody, EmbeddingBody, Extension
 
-ROUTES: dict[str, type[Body]] = {"/v1/chat/completions": ChatBody, "/v1/completions": CompletionBody, "/v1/embeddings": EmbeddingBody}
+ROUTES: dict[str, type[Body]] = {
+    "/v1/chat/completions": ChatBody,
+    "/v1/completions": CompletionBody,
+    "/v1/embeddings": EmbeddingBody,
+}
 _SHORT = {"messages": "/v1/chat/completions", "prompt": "/v1/completions", "input": "/v1/embeddings"}
 _LONG = ("custom_id", "method", "url", "body")
 _ID_CHARS = 512

@@ -97,6 +97,8 @@ def _deployment(serve: Any, count: int, threads: int, models: int) -> Any:
 
     class Served(Replica):
         async def __init__(self, spec: Mapping[str, Any]) -> None:  # type: ignore[misc]  # Ray Serve awaits it
+            if spec["closed"]:
+                _keep_to_loopback()
             Replica.__init__(self, spec)
             names = list(spec["models"])
             rank = serve.get_replica_context().rank  # which of the replicas this is: models are spread over them
@@ -128,6 +130,24 @@ def _deployment(serve: Any, count: int, threads: int, models: int) -> Any:
     )(Served)
 
 
+def _keep_to_loopback() -> None:
+    """In a replica, before Ray Serve opens its port for calls between deployments: on every interface, and there are none.
+
+    Ray has no setting for it. A version that does this in another way fails here, and is not served with.
+    """
+    from ray.serve._private import replica
+
+    add = replica.add_port_to_grpc_server
+
+    def add_here(server: Any, address: str) -> int:
+        port = address.removeprefix("[::]:")
+        if not port.isdigit():
+            raise HastenError(f"Ray Serve listens on {address}", hint="use the version of Ray that hasten asks for")
+        return add(server, f"127.0.0.1:{port}")
+
+    replica.add_port_to_grpc_server = add_here
+
+
 def run_replicas(
     models: Mapping[str, str],
     settings: Settings,
@@ -149,7 +169,13 @@ def run_replicas(
     share = threads or max(1, (os.cpu_count() or 1) // count)
     logs.configure(log_level, log_json)
     plain = {**asdict(settings), "aliases": dict(settings.aliases)}
-    spec = {"models": dict(models), "load": {**load, "threads": share}, "settings": plain, "replicas": count}
+    spec = {
+        "models": dict(models),
+        "load": {**load, "threads": share},
+        "settings": plain,
+        "replicas": count,
+        "closed": address is None,
+    }
     with bound(settings) as listener, cluster(address, count * share + 1) as ray, _fleet(ray, spec, count, share) as fleet:
         front = Front(tuple(models), settings, fleet.ask, fleet.lost, fleet.full, fleet.counts, fleet.every)
         fleet.deploy()

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 class Replica:
     """Holds models, each with its engine and its application. `spec` is made of plain values: `models` (name -> what
-    hasten.load takes), `load` (its options), `settings` (fields of Settings), `replicas` (how many share the memory)."""
+    hasten.load takes), `load` (its options), `settings` (fields of Settings), `replicas` (how many share the memory),
+    `closed` (whether the cluster is of this machine alone)."""
 
     def __init__(self, spec: Mapping[str, Any]) -> None:
         self.spec = spec
