@@ -69,9 +69,9 @@ def load(
     native or torch. Lossy, for the native stack: `activations` int8 (inputs of quantised matrices rounded to 8 bits),
     `cache` bfloat16 or int8 (keys and values), `weights` int8, int4 or int4-min (rounded to nearest).
     `threads`: CPU threads for this process (default: all). `cache_bytes`: KV cache (default: half of what is free after
-    loading). `serving`: for many users at once - a shorter queue, and requests that free memory does not allow are refused
-    for now; `prefix_cache`: keep keys of prompts for later ones that begin alike. `force`: load although the memory check
-    says it will not fit. `progress(what, done, total)` is called during downloads and loading.
+    loading). `serving`: refuse requests that free memory does not allow just now. `prefix_cache`: keep keys of prompts for
+    later ones that begin alike. `force`: load although the memory check says it will not fit. `progress(what, done, total)`
+    is called during downloads and loading.
     Raises UnknownNameError, DownloadError, FormatError, UnsupportedError, MemoryFitError, ConfigError.
     """
     import torch
@@ -123,7 +123,6 @@ class LLM:
             self.model,
             cache_bytes=cache_bytes,
             decoder=None if self.tokenizer is None else self.tokenizer.stream,
-            queue=LIMITS.served_queue if serving else LIMITS.queue,
             prefix_bytes=int(cache_bytes * LIMITS.prefix_share) if prefix_cache else 0,
             identity=f"{loaded.source} {loaded.dtype}",
             available=available_bytes if serving else None,
@@ -310,6 +309,10 @@ class LLM:
                     Grammars, registry.build("grammar", MethodContext(self.name, self.model, self.tokenizer))
                 )
             return self._grammars
+
+    def grammar_counts(self) -> Any:
+        """What grammars have cost this model so far (logits.grammar.Counts); None before the first one."""
+        return None if self._grammars is None else self._grammars.counts()
 
     def compile(self, grammar: Grammar) -> LogitsRule:
         """The logit rule of a grammar, for `Parts.rules`; safe from any thread, beside a running engine.

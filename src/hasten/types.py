@@ -258,13 +258,18 @@ class Usage:
 
     @property
     def tokens_per_forward(self) -> float:
-        """Block efficiency: committed tokens per target pass, the prompt's own pass and token excluded."""
-        return (self.completion_tokens - 1) / self.forwards if self.forwards else 0.0
+        """Block efficiency: committed tokens per target pass, without the pass that reads a prompt and its token."""
+        return self.decoded / self.forwards if self.forwards else 0.0
 
     @property
     def tokens_per_s(self) -> float:
         """Tokens per second of decoding, from the first token on (reading the prompt excluded)."""
-        return (self.completion_tokens - 1) / self.decode_s if self.decode_s > 0 else 0.0
+        return self.decoded / self.decode_s if self.decode_s > 0 else 0.0
+
+    @property
+    def decoded(self) -> int:
+        """Tokens of decoding passes: all but the prompt's own one, which a canvas does not have."""
+        return max(0, self.completion_tokens - (self.prefill_s > 0))
 
 
 @dataclass(frozen=True, slots=True)

@@ -267,6 +267,17 @@ def test_token_ids_outside_the_vocabulary_are_refused(server, path, field, ids):
     alive(server)
 
 
+@pytest.mark.parametrize("model", ["tiny", "mini-dlm"])
+@pytest.mark.parametrize("token", ["100000", str(2**31 - 1), str(2**31), "-1", "1.0", "x", "", "\u0663", "9" * 400])
+def test_a_bias_outside_the_vocabulary_costs_its_own_request_only(server, model, token):
+    with server.client() as client:
+        for path, body in BODIES.items():
+            if path != "/v1/embeddings":
+                answer = client.post(path, json={**body, "model": model, "logit_bias": {token: 1.0}})
+                assert answer.status_code == 400, answer.text
+                assert "logit_bias" in answer.json()["error"]["param"]
+
+
 # --- ranges ---
 
 

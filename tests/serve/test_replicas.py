@@ -172,22 +172,27 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_model(tmp_path_factory.mktemp("tiny"), window=4096))
 
 
-def ready(port: int, count: int = 2) -> bool:
-    """Whether so many replicas run, and none starts or stops."""
-    status, body = get(port, "/ready")
-    return status == 200 and body["replicas"] == {"RUNNING": count}
+def ready(port: int, key: str = "") -> bool:
+    """Whether two replicas run, and none starts or stops."""
+    status, body = get(port, "/ready", key=key)
+    return status == 200 and body["replicas"] == {"RUNNING": 2}
 
 
 @contextlib.contextmanager
-def served(log: Path, *arguments: str) -> Iterator[tuple[int, int]]:
-    """(port, process) of a server with replicas that are ready."""
+def served(log: Path, *arguments: str, key: str = "") -> Iterator[tuple[int, int]]:
+    """(port, process) of a server with replicas that are ready; until they are, it answers 503."""
     with command("serve", *arguments, "--ray", "--port", "0", log=log) as child:
-        found = wait_for(
-            lambda: child.poll() is not None or re.search(r"127\.0\.0\.1:(\d+)", log.read_text()), 150, "start"
-        )
-        assert found is not True, log.read_text()[-3000:]
+
+        def told() -> object:
+            return child.poll() is not None or re.search(r"127\.0\.0\.1:(\d+)", log.read_text())
+
+        found = wait_for(told, 120, "the server's address")
+        assert isinstance(found, re.Match), log.read_text()[-3000:]
         port = int(found[1])
-        wait_for(lambda: ready(port), 60, "ready")
+        early = get(port, "/health")[0], get(port, "/v1/models", key=key)[0]
+        assert early in ((503, 503), (200, 200)), early
+        wait_for(lambda: ready(port, key) or child.poll() is not None, 120, "two replicas")
+        assert child.poll() is None, log.read_text()[-3000:]
         yield port, child.pid
 
 
@@ -310,13 +315,7 @@ def test_two_models_are_served_by_the_replicas_that_hold_them(model, tmp_path):
     keys.write_text(key + "\n")
     keys.chmod(0o600)
     arguments = (model, str(other), "--replicas", "2", "--key-file", str(keys), "--model-alias", "two=second")
-    with command("serve", *arguments, "--ray", "--port", "0", log=tmp_path / "log") as child:
-        log = tmp_path / "log"
-        found = wait_for(
-            lambda: child.poll() is not None or re.search(r"127\.0\.0\.1:(\d+)", log.read_text()), 150, "start"
-        )
-        assert found is not True, log.read_text()[-3000:]
-        port = int(found[1])
+    with served(tmp_path / "log", *arguments, key=key) as (port, _):
         assert get(port, "/v1/models")[0] == get(port, "/hasten/replicas", key="wrong")[0] == 401
         status, listed = get(port, "/v1/models", key=key)
         assert (status, {one["id"] for one in listed["data"]}) == (200, {first, "second", "two"})
@@ -330,3 +329,16 @@ def test_two_models_are_served_by_the_replicas_that_hold_them(model, tmp_path):
         holding = [set(one["models"]) for one in get(port, "/hasten/replicas", key=key)[1]["replicas"]]
         assert {first} in holding, "a replica that does not hold a model was asked for it although another one does"
         assert {"second"} in holding
+
+
+@needs_ray
+@pytest.mark.slow
+def test_replicas_that_cannot_load_the_model_end_the_server_with_the_reason(tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text("{")
+    log = tmp_path / "log"
+    with command("serve", str(broken), "--ray", "--replicas", "1", "--port", "0", log=log) as child:
+        assert child.wait(180) == 1
+    [line] = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
+    assert "config.json" in line

@@ -57,6 +57,8 @@ BROAD_EXCEPTS = frozenset(
         ("models/hf.py", "load_adapted"),
         ("models/hf.py", "_probe"),
         ("cli/__init__.py", "main"),
+        ("serve/access.py", "__call__"),
+        ("serve/worker.py", "_run"),
         ("serve/worker.py", "_turn"),
         ("serve/worker.py", "_add"),
         ("serve/worker.py", "_call"),

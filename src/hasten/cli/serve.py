@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -74,8 +73,6 @@ def serve(
         "threads": threads, "force": force, "prefix_cache": prefix_cache,
     }  # fmt: skip
     sources = named(models, aliases, options)
-    if not settings.loopback and not settings.keys:
-        print("warning: everybody who can reach this machine can use the server (--i-know)", file=sys.stderr)
     if not ray:
         for option, value in (("--replicas", replicas), ("--ray-address", ray_address)):
             if value is not None:
@@ -105,7 +102,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _keys(path: Path | None) -> tuple[str, ...]:
-    """Keys of the environment and of the file; raises ConfigError when the file holds none or others can read it."""
+    """Keys of the environment and of the file; raises ConfigError when the file holds none."""
     keys = [os.environ["HASTEN_KEY"]] if os.environ.get("HASTEN_KEY") else []
     if path is not None:
         try:

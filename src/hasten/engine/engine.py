@@ -168,6 +168,7 @@ class Engine:
         if sampling.stop and self._decoder is None:
             raise ConfigError("stop strings need a tokenizer; this engine has none", hint="use stop_ids", field="stop")
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        Sampler(sampling, seed, prompt, caps.vocab_size)  # refuses ids outside the vocabulary now, not when admitted
         if caps.kind == "masked" or parts.canvas is not None or request.template is not None:
             return self._canvas_ticket(request, parts, seed)
         draws = parts.drafter.draws if parts.drafter else "point"
@@ -181,7 +182,6 @@ class Engine:
                 hint=f"temperature=0, an exact mode, or {name}:sampled=true to accept that",
                 field="temperature",
             )
-        Sampler(sampling, seed, prompt, caps.vocab_size)  # refuses ids outside the vocabulary now, not when admitted
         slack = parts.budget if parts.drafter is not None else 0
         limit = min(room, LIMITS.max_tokens) if sampling.max_tokens is None else sampling.max_tokens
         if sampling.max_tokens is None:  # no limit asked for: as much as the window and the cache hold

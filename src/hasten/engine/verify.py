@@ -102,11 +102,10 @@ def verify(
     at = -1
     while True:
         here = at + 1
-        top = best[here] if best else None
-        if sampler.plain and top is not None:
-            token = top
+        if sampler.plain and best:
+            token = best[here]
         else:
-            token = sampler.choose(logits[here], tokens, position + len(path), top)
+            token = sampler.choose(logits[here], tokens, position + len(path), best[here] if best else None)
         child = children.get((at, token))
         if child is None:
             return Verdict(tuple(path), token)

@@ -49,7 +49,12 @@ class Trie:
         self.spaced = tokenizer.continues_text()
         self.begins_spaced = np.array([text.startswith(b" ") for text in texts])
         words = _Words(texts, first, tokenizer.copy(), self.end_ids[0])
-        self.handle = LLTokenizer(words, n_vocab=vocab_size, eos_token=list(end_ids), slices=LLTokenizer.json_slices())
+        self.handle = LLTokenizer(
+            words,  # type: ignore[arg-type]  # all that is asked of a wrapper
+            n_vocab=vocab_size,
+            eos_token=list(end_ids),
+            slices=LLTokenizer.json_slices(),
+        )
 
 
 class _Words:

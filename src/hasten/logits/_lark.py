@@ -92,7 +92,7 @@ def _refuse(source: str, at: int, what: str) -> ConfigError:
 
 def _json(source: str, at: int) -> tuple[str, int]:
     """The schema after %json, checked and written out, and where it ends."""
-    start = at + len(re.compile(r"\s*").match(source, at)[0])
+    start = next((i for i in range(at, len(source)) if not source[i].isspace()), len(source))
     end = _schema.closing(source, start)
     if end < 0:
         raise _refuse(source, start, "%json without a JSON object after it")

@@ -210,7 +210,7 @@ class _Walk:
         """Refuse bounds on the number of properties that a grammar in a fixed order cannot keep."""
         out = place.out
         required = out.get("required", [])
-        optional = [name for name in out.get("properties", {}) if name not in set(required)]
+        optional = set(place.value.get("properties", ())) - set(required)
         least, most = out.get("minProperties", 0) - len(required), out.get("maxProperties")
         if least > 1:
             raise _error(

@@ -14,7 +14,9 @@ from starlette.responses import Response
 from hasten import __version__
 from hasten.engine.limits import LIMITS
 from hasten.errors import HastenError
-from hasten.serve import chat, completions, embeddings, errors, models
+from hasten.serve import chat, completions, embeddings, errors, metrics, models, page
+from hasten.serve.access import Access
+from hasten.serve.metrics import Metrics
 from hasten.serve.security import Gate
 from hasten.serve.settings import Settings
 from hasten.serve.worker import Worker
@@ -33,13 +35,16 @@ def build_app(worker: Worker, settings: Settings, *, drain_s: float = LIMITS.dra
     silent: Any = {"tracing": False, "metrics": False, "logs": False, "operation_spans": False, "auto_configure": False}
     app = FastAPI(title="hasten", version=__version__, docs_url=None, redoc_url=None, lifespan=life, telemetry=silent)
     app.state.worker = worker
-    for part in (chat, completions, embeddings, models):
+    app.state.metrics = Metrics(worker)
+    worker.observe.append(app.state.metrics.watch)
+    for part in (chat, completions, embeddings, models, metrics, page):
         app.include_router(part.router)
     app.add_exception_handler(HastenError, _fail)
     app.add_exception_handler(RequestValidationError, _malformed)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(Exception, _fail)
     app.add_middleware(Gate, settings=settings)
+    app.add_middleware(Access, metrics=app.state.metrics)
     return app
 
 

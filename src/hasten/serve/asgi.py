@@ -8,6 +8,8 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message
 
+from hasten.errors import HastenError
+
 _GRACE_S = 5.0  # what an application gets to end by itself after its client has gone
 
 
@@ -28,6 +30,11 @@ def http_scope(method: str, path: str, headers: Sequence[tuple[str, str]] = (), 
         "server": ("localhost", None),
         "state": {},
     }
+
+
+def reason(failure: BaseException | None) -> str:
+    """Why an engine's thread has ended, in a few words."""
+    return str(failure) if isinstance(failure, HastenError) else type(failure).__name__ if failure else "stopped"
 
 
 async def exchange(app: ASGIApp, scope: Mapping[str, Any], body: bytes = b"") -> AsyncGenerator[Message, None]:

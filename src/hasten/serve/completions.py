@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Generator, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
@@ -17,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 from hasten.engine.limits import LIMITS
 from hasten.errors import ConfigError, IncompatibleError, out_of_range
 from hasten.serve import generation
+from hasten.serve.access import Account, account
 from hasten.serve.chat import Head
 from hasten.serve.generation import Job
 from hasten.serve.protocol import CompletionBody
@@ -36,7 +38,8 @@ async def complete(body: CompletionBody, request: Request) -> Response:
     worker, head = request.app.state.worker, Head(f"cmpl-{secrets.token_hex(12)}", int(time.time()), body.model)
     prompts = listed(body.prompt)
     if body.max_tokens == 0:
-        return JSONResponse(await generation.until_gone(request, scored(worker, body, prompts, head)))
+        work = scored(worker, body, prompts, head, account(request.scope))
+        return JSONResponse(await generation.until_gone(request, work))
     job = await generation.begin(
         worker,
         request,
@@ -53,8 +56,8 @@ async def complete(body: CompletionBody, request: Request) -> Response:
         outputs = await generation.until_gone(request, job.outputs())
         read: list[list[TokenLogprob]] = []
         if body.echo and body.logprobs is not None:
-            work = scores(worker, job.model, [one.prompt for one in job.requests], body.logprobs)
-            read = await generation.until_gone(request, work)
+            judged = scores(worker, job.model, [one.prompt for one in job.requests], body.logprobs)
+            read = await generation.until_gone(request, judged)
     finally:
         job.answer.cancel()
     choices = []
@@ -73,28 +76,27 @@ async def complete(body: CompletionBody, request: Request) -> Response:
     return JSONResponse(content, headers=generation.headers(outputs))
 
 
-def listed(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
-    """The prompts of a body, one or many; raises ConfigError for none or too many."""
-    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
-        many: list[Any] = [prompt]
+def listed(given: str | list[str] | list[int] | list[list[int]], field: str = "prompt") -> list[str | list[int]]:
+    """The prompts of a body, one or many; raises ConfigError, naming `field`, for none, too many or an empty one."""
+    if isinstance(given, str) or (given and isinstance(given[0], int)):
+        many: list[Any] = [given]
     else:
-        many = list(prompt)
+        many = list(given)
     if not 1 <= len(many) <= LIMITS.served_inputs:
-        raise out_of_range("prompt", f"{len(many)} prompts", f"1 to {LIMITS.served_inputs} prompts")
-    for one in many:
-        if not one:
-            raise ConfigError("a prompt is empty; every prompt must hold at least one character or token", field="prompt")
+        raise out_of_range(field, f"{len(many)} of them", f"1 to {LIMITS.served_inputs} texts")
+    if not all(many):
+        raise ConfigError(f"{field} has an empty text; each must hold at least one character or token", field=field)
     return many
 
 
-def ids(llm: LLM, prompt: str | Sequence[int]) -> list[int]:
-    """Token ids of one prompt; raises ConfigError for ids outside the vocabulary."""
-    if isinstance(prompt, str):
-        return llm.encode(prompt)
+def ids(llm: LLM, given: str | Sequence[int], field: str = "prompt") -> list[int]:
+    """Token ids of one prompt; raises ConfigError, naming `field`, for ids outside the vocabulary."""
+    if isinstance(given, str):
+        return llm.encode(given)
     vocabulary = llm.model.capabilities.vocab_size
-    if max(prompt) >= vocabulary:
-        raise out_of_range("prompt", max(prompt), f"token ids below the vocabulary of {vocabulary}")
-    return list(prompt)
+    if max(given) >= vocabulary:
+        raise out_of_range(field, max(given), f"token ids below the vocabulary of {vocabulary}")
+    return list(given)
 
 
 def echoed(llm: LLM, given: str | list[int], prompt: Sequence[int]) -> str:
@@ -103,27 +105,41 @@ def echoed(llm: LLM, given: str | list[int], prompt: Sequence[int]) -> str:
 
 
 def choice(
-    llm: LLM, index: int, text: str, entries: Sequence[TokenLogprob] | None, first: int | None, reason: str | None
+    llm: LLM,
+    index: int,
+    text: str,
+    entries: Sequence[TokenLogprob] | None,
+    first: int | None,
+    reason: str | None,
+    start: int = 0,
 ) -> dict[str, Any]:
-    """One choice; `first` is the prompt's first token, which nothing comes before and which has no probability."""
+    """One choice; `first` is the prompt's first token, which nothing comes before and which has no probability.
+
+    `start`: characters of the choice that were sent before.
+    """
     found = None
     if entries is not None:
         tokens = ([] if first is None else [first]) + [one.token for one in entries]
-        texts, at, offsets = [generation.piece(llm, token) for token in tokens], 0, []
-        for token in tokens:
-            offsets.append(at)
-            at += len(generation.token_bytes(llm, token).decode("utf-8", "replace"))
         none: list[None] = [] if first is None else [None]
         found = {
-            "tokens": texts,
+            "tokens": [generation.piece(llm, token) for token in tokens],
             "token_logprobs": [*none, *(one.logprob for one in entries)],
-            "top_logprobs": [
-                *none,
-                *({generation.piece(llm, token): value for token, value in reversed(one.top)} for one in entries),
-            ],
-            "text_offset": offsets,
+            "top_logprobs": [*none, *(_best(llm, one) for one in entries)],
+            "text_offset": [*accumulate((_width(llm, token) for token in tokens), initial=start)][: len(tokens)],
         }
     return {"index": index, "text": text, "logprobs": found, "finish_reason": reason}
+
+
+def _width(llm: LLM, token: int) -> int:
+    return len(generation.token_bytes(llm, token).decode("utf-8", "replace"))
+
+
+def _best(llm: LLM, one: TokenLogprob) -> dict[str, float]:
+    """The alternatives of a token, best first; of two that are written alike, the better one."""
+    out: dict[str, float] = {}
+    for token, value in one.top:
+        out.setdefault(generation.piece(llm, token), value)
+    return out
 
 
 async def scores(worker: Worker, model: str, prompts: Sequence[Sequence[int]], top: int) -> list[list[TokenLogprob]]:
@@ -151,15 +167,15 @@ def room(llm: LLM, tokens: int) -> Generator[None, None, None]:
         yield
 
 
-async def scored(worker: Worker, body: CompletionBody, prompts: Sequence[Any], head: Head) -> dict[str, Any]:
+async def scored(worker: Worker, body: CompletionBody, prompts: Sequence[Any], head: Head, own: Account) -> dict[str, Any]:
     """The answer to max_tokens = 0: prompts echoed, with their log-probabilities where they are asked for."""
-    model = generation.resolve(worker, body.model)
+    model = own.model = generation.resolve(worker, body.model)
     llm = worker.llm(model)
     if body.n != 1 or body.stream or body.suffix is not None:
         raise ConfigError("max_tokens = 0 gives one answer, not streamed, without a suffix", field="max_tokens")
     made = await worker.prepare(lambda: [ids(llm, prompt) for prompt in prompts])
     read = await scores(worker, model, made, body.logprobs) if body.logprobs is not None else None
-    count = sum(map(len, made))
+    count = own.prompt_tokens = sum(map(len, made))
     return {
         **head.json("text_completion"),
         "choices": [
@@ -175,15 +191,18 @@ async def chunks(job: Job, body: CompletionBody, prompts: Sequence[Any], head: H
     start = head.json("text_completion")
     usage = body.stream_options is not None and body.stream_options.include_usage
     rest: dict[str, Any] = {"usage": None} if usage else {}
+    sent = [0] * (len(job.requests) * job.choices)
     if body.echo:
-        for index in range(len(job.requests) * job.choices):
+        for index in range(len(sent)):
             at = index // job.choices
             text = echoed(job.llm, prompts[at], job.requests[at].prompt)
+            sent[index] = len(text)
             yield {**start, "choices": [choice(job.llm, index, text, None, None, None)], **rest}
     outputs: list[Output] = []
     async for index, events in job.steps():
         outputs += [event.output for event in events if event.output is not None]
-        part = delta(job, events, index)
+        part = delta(job, events, index, sent[index])
+        sent[index] += sum(_width(job.llm, event.logprob.token) for event in events if event.logprob is not None)
         extra = generation.chunk_extension(job.llm, body.hasten, events, index)
         if part is not None or extra is not None:
             yield {**start, "choices": [part] if part else [], **rest, **({"hasten": extra} if extra else {})}
@@ -191,11 +210,11 @@ async def chunks(job: Job, body: CompletionBody, prompts: Sequence[Any], head: H
         yield {**start, "choices": [], "usage": generation.usage_json(job.requests, outputs)}
 
 
-def delta(job: Job, events: Sequence[Event], index: int) -> dict[str, Any] | None:
-    """The choice of a chunk; None when nothing is new."""
+def delta(job: Job, events: Sequence[Event], index: int, sent: int) -> dict[str, Any] | None:
+    """The choice of a chunk, after `sent` characters; None when nothing is new."""
     text = "".join(event.text for event in events if event.kind == "commit")
     entries = [event.logprob for event in events if event.logprob is not None]
     reason = next((event.output.finish_reason for event in events if event.output is not None), None)
     if not text and not entries and reason is None:
         return None
-    return choice(job.llm, index, text, entries or None, None, reason)
+    return choice(job.llm, index, text, entries or None, None, reason, sent)

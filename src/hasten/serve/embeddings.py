@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse
 
 from hasten.errors import out_of_range
 from hasten.serve import generation
+from hasten.serve.access import account
 from hasten.serve.completions import ids, listed, room
 from hasten.serve.protocol import EmbeddingBody
 
@@ -24,15 +25,15 @@ router = APIRouter()
 @router.post("/v1/embeddings", response_model=None)
 async def embed(body: EmbeddingBody, request: Request) -> JSONResponse:
     """One vector per input: the final hidden states' mean, or the last token's, of length 1."""
-    worker = request.app.state.worker
-    model = generation.resolve(worker, body.model)
+    worker, own = request.app.state.worker, account(request.scope)
+    model = own.model = generation.resolve(worker, body.model)
     llm = worker.llm(model)
-    made = await worker.prepare(lambda: [ids(llm, text) for text in listed(body.input)])
+    made = await worker.prepare(lambda: [ids(llm, text, "input") for text in listed(body.input, "input")])
+    own.prompt_tokens = sum(map(len, made))
     work = worker.call(model, lambda loaded: vectors(loaded, made, body))
     found = await generation.until_gone(request, work)
-    count = sum(map(len, made))
     data = [{"object": "embedding", "index": i, "embedding": _written(v, body)} for i, v in enumerate(found)]
-    usage = {"prompt_tokens": count, "total_tokens": count}
+    usage = {"prompt_tokens": own.prompt_tokens, "total_tokens": own.prompt_tokens}
     return JSONResponse({"object": "list", "data": data, "model": body.model, "usage": usage})
 
 

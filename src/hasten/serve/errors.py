@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from hasten.engine.limits import LIMITS
 from hasten.engine.scheduler import QueueFullError
@@ -31,6 +32,7 @@ _LOG = logging.getLogger("hasten.serve")
 _PRIVATE = re.compile(
     r"0x[0-9a-fA-F]{4,}|<[^<>]* object at [^<>]*>|(?<![\w.])(?:[A-Za-z]:)?[/\\](?:[\w.@+-]+[/\\])+[\w.@+-]*"
 )
+_TYPES = frozenset(("str", "int", "float", "bool"))
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -93,6 +95,19 @@ def shape(status: int, message: str, *, param: str | None = None, code: str | No
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+class ErrorAnswer(Response):
+    """An error as a response, which leaves its `code` in the scope for the log and the metrics."""
+
+    def __init__(self, data: bytes, status: int, headers: Mapping[str, str], code: str | None) -> None:
+        super().__init__(data, status, headers, "application/json")
+        self._code = code
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI entry."""
+        scope["hasten.error"] = self._code or str(self.status_code)
+        await super().__call__(scope, receive, send)
+
+
 def answer(status: int, body: Mapping[str, Any], retry_s: float = 0.0) -> Response:
     """The response for an error body, at most `LIMITS.error_bytes` long."""
     inner = dict(body["error"])
@@ -107,7 +122,7 @@ def answer(status: int, body: Mapping[str, Any], retry_s: float = 0.0) -> Respon
     headers = {"Retry-After": str(max(1, round(retry_s)))} if retry_s else {}
     if status == 401:
         headers["WWW-Authenticate"] = 'Basic realm="hasten", charset="UTF-8"'
-    return Response(data, status, headers, "application/json")
+    return ErrorAnswer(data, status, headers, body["error"]["code"])
 
 
 def respond(error: BaseException) -> Response:
@@ -121,6 +136,7 @@ def invalid_body(problems: Sequence[Mapping[str, Any]]) -> Response:
     Values are never repeated: one item of a few bytes must not come back as megabytes.
     """
     parts, param, code = [], None, "invalid_value"
+    problems = _nearest(problems)
     for problem in problems[:5]:
         where = _path(problem.get("loc", ()))
         kind = str(problem.get("type", ""))
@@ -134,8 +150,8 @@ def invalid_body(problems: Sequence[Mapping[str, Any]]) -> Response:
         else:
             text = str(problem.get("msg", "is not allowed")).removeprefix("Value error, ")
             name = text.partition(" ")[0]
-            if where == "body" and kind == "value_error" and re.fullmatch(r"[a-z_]{1,40}", name):
-                where, text = name, text.removeprefix(name).lstrip()
+            if kind == "value_error" and re.fullmatch(r"[a-z_]{1,40}", name):
+                where, text = name if where == "body" else f"{where}.{name}", text.removeprefix(name).lstrip()
             text = text[:1].lower() + text[1:]
         param = param or where
         parts.append(f"{where}: {text}")
@@ -143,11 +159,24 @@ def invalid_body(problems: Sequence[Mapping[str, Any]]) -> Response:
     return answer(400, shape(400, public("; ".join(parts) + more), param=public(param or "body", 200), code=code))
 
 
+def _nearest(problems: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Of a value that fits none of several types, what is wrong with it as the type that it fits best: the deepest."""
+    first = problems[:50]
+    paths = [_path(problem.get("loc", ())) for problem in first]
+    kept = [one for path, one in zip(paths, first, strict=True) if not any(_inside(other, path) for other in paths)]
+    return [*kept, *problems[50:]]
+
+
+def _inside(path: str, other: str) -> bool:
+    return path.startswith((f"{other}[", f"{other}."))
+
+
 def _path(loc: Sequence[Any]) -> str:
+    """Where a problem is, as one writes it; without the names of types that pydantic puts in for unions."""
     out = ""
     for part in [*loc][1 if loc and loc[0] in ("body", "query", "path", "header") else 0 :][:12]:
         if isinstance(part, int):
             out += f"[{part}]"
-        elif re.fullmatch(r"[A-Za-z0-9_-]{1,64}", str(part)):
+        elif re.fullmatch(r"[A-Za-z0-9_-]{1,64}", str(part)) and part not in _TYPES:
             out += f".{part}" if out else str(part)
     return out or "body"

@@ -13,6 +13,7 @@ from starlette.requests import Request as HttpRequest
 
 from hasten.engine.limits import LIMITS
 from hasten.errors import ConfigError, IncompatibleError, UnknownNameError, out_of_range
+from hasten.serve.access import Account, account
 from hasten.serve.errors import ApiError
 from hasten.serve.protocol import Extension, Sampling
 from hasten.serve.tools import Offer, tool_grammar
@@ -35,6 +36,7 @@ class Job:
     answer: Answer
     requests: tuple[Request, ...]
     method: tuple[str, ...]
+    account: Account
 
     @property
     def choices(self) -> int:
@@ -52,6 +54,8 @@ class Job:
                 by_choice.setdefault(event.choice, []).append(event)
             for choice, own in by_choice.items():
                 for event in own:
+                    if event.output is not None:
+                        self.account.ended(event.output)
                     failed(event)
                 yield request * self.choices + choice, own
 
@@ -102,7 +106,8 @@ async def begin(
 
     Raises ApiError (404) and whatever the parts of a request are refused with.
     """
-    model = resolve(worker, body.model)
+    own = account(http.scope)
+    model = own.model = resolve(worker, body.model)
     llm = worker.llm(model)
     names = methods(body.hasten.method) or worker.settings.method
     parts = await worker.call(model, lambda loaded: loaded.parts(names))
@@ -131,8 +136,9 @@ async def begin(
         return tuple(out)
 
     made = await worker.prepare(requests)
+    own.method, own.prompt_tokens = names, sum(len(one.prompt) for one in made)
     answer = await worker.submit(model, [(one, parts) for one in made], provisional=body.hasten.provisional)
-    return Job(model, llm, answer, made, names)
+    return Job(model, llm, answer, made, names, own)
 
 
 def methods(given: str | Sequence[str]) -> tuple[str, ...]:
@@ -253,7 +259,7 @@ def usage_json(requests: Sequence[Request], outputs: Sequence[Output]) -> dict[s
     """Token counts of a whole answer: every prompt once, every choice's tokens."""
     prompt = sum(len(request.prompt) for request in requests)
     completion = sum(output.usage.completion_tokens for output in outputs)
-    cached = sum(getattr(output.usage, "cached_tokens", 0) for output in outputs)
+    cached = sum(output.usage.cached_tokens for output in outputs)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -266,9 +272,9 @@ def cost(outputs: Sequence[Output]) -> dict[str, Any]:
     """What the choices cost: sums over them, and ratios of the sums."""
     names = ("forwards", "computed_tokens", "drafted_tokens", "accepted_tokens", "prefill_s", "decode_s", "draft_s")
     sums: dict[str, Any] = {name: sum(getattr(output.usage, name) for output in outputs) for name in names}
-    later = sum(max(0, output.usage.completion_tokens - 1) for output in outputs)
-    sums["tokens_per_forward"] = later / sums["forwards"] if sums["forwards"] else 0.0
-    sums["tokens_per_s"] = later / sums["decode_s"] if sums["decode_s"] > 0 else 0.0
+    decoded = sum(output.usage.decoded for output in outputs)
+    sums["tokens_per_forward"] = decoded / sums["forwards"] if sums["forwards"] else 0.0
+    sums["tokens_per_s"] = decoded / sums["decode_s"] if sums["decode_s"] > 0 else 0.0
     return sums
 
 

@@ -139,7 +139,7 @@ class Message(Body):
         if self.tool_calls and self.role != "assistant":
             raise ValueError("tool_calls belong to messages of the assistant")
         if (self.role == "tool") != (self.tool_call_id is not None):
-            raise ValueError("messages of role tool, and no others, have a tool_call_id")
+            raise ValueError("tool_call_id belongs to messages of role tool, and is needed there")
         return self
 
 

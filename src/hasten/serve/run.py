@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,9 @@ from hasten.serve.worker import Worker
 if TYPE_CHECKING:
     from hasten.llm import LLM
     from hasten.serve.replicas.front import Front
+
+
+_FLUSH_S = 5  # after the drain: for clients to take the rest of their answers
 
 
 class TimedH11(H11Protocol):
@@ -62,18 +66,33 @@ class TimedH11(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which takes no further request from the moment a signal asks it to stop."""
+    """uvicorn's server with an end that loses nothing: told to stop, it answers what it has begun and 503 to the rest.
 
-    def __init__(self, config: uvicorn.Config, worker: Worker | Front) -> None:
+    The first SIGTERM or SIGINT drains the worker, for `drain_s` seconds at most; the second ends the process at once, as
+    if nobody had caught it. A worker that ends by itself ends the server too.
+    """
+
+    def __init__(self, config: uvicorn.Config, worker: Worker | Front, drain_s: float = LIMITS.drain_s) -> None:
         super().__init__(config)
-        self._worker = worker
+        self._worker, self._drain_s, self._told_s = worker, drain_s, 0.0
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """Drain on the first signal; a second one ends at once."""
-        if self._worker.state == "draining" and sig == signal.SIGINT:
-            self.force_exit = True
+        """A signal that asks for the end."""
+        if self._told_s:
+            signal.signal(sig, signal.SIG_DFL)
+            signal.raise_signal(sig)
+        self._told_s = time.monotonic()
         self._worker.drain()
-        super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: True when there is nothing left to do."""
+        late = self._told_s and time.monotonic() >= self._told_s + self._drain_s
+        if late:
+            logs.say("time is up; what still runs is given up")
+            await self._worker.stop()
+        if late or self._worker.state == "stopped" or (self._told_s and not self._worker.busy):
+            self.should_exit = True
+        return await super().on_tick(counter)
 
 
 def named(models: Sequence[str], aliases: Mapping[str, str], options: Mapping[str, Any]) -> dict[str, Callable[[], LLM]]:
@@ -116,14 +135,14 @@ def config(app: Any, settings: Settings) -> uvicorn.Config:
         backlog=LIMITS.connections,
         h11_max_incomplete_event_size=LIMITS.http_header_bytes,
         timeout_keep_alive=int(LIMITS.body_s),
-        timeout_graceful_shutdown=int(LIMITS.drain_s),
+        timeout_graceful_shutdown=_FLUSH_S,
     )
 
 
 def run(
     sources: Mapping[str, Callable[[], LLM]], settings: Settings, *, log_level: str = "info", log_json: bool = False
 ) -> None:
-    """Serve until a signal; raises ConfigError when the port is taken, HastenError when a model cannot be loaded."""
+    """Serve until a signal. Raises ConfigError when the port is taken, and what ended the worker if something did."""
     logs.configure(log_level, log_json)
     worker = Worker(sources, settings)
     server = Server(config(build_app(worker, settings), settings), worker)
@@ -131,16 +150,22 @@ def run(
         port = listener.getsockname()[1]
         scheme = "http"
         logs.say(f"hasten serves {', '.join(sources)} on {scheme}://{settings.host}:{port}")
+        if not settings.loopback and not settings.keys:
+            logs.say("everybody who can reach this machine can use the server (--i-know)", "warning")
         server.run([listener])
+    if worker.failure is not None:
+        raise worker.failure
+    logs.say("stopped")
 
 
 def bound(settings: Settings) -> socket.socket:
-    """A socket bound to the address of `settings`, not yet listening; raises ConfigError when it is taken."""
+    """A socket that listens at the address of `settings`; raises ConfigError when it is taken."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.host.strip("[]"), settings.port))
+        listener.listen(LIMITS.connections)
     except OSError as error:
         listener.close()
         raise ConfigError(

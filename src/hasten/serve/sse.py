@@ -39,7 +39,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI entry."""
-        sender = asyncio.ensure_future(self._send(send))
+        sender = asyncio.ensure_future(self._send(scope, send))
         watcher = asyncio.ensure_future(_gone(receive))
         try:
             await asyncio.wait({sender, watcher}, return_when=asyncio.FIRST_COMPLETED)
@@ -50,7 +50,7 @@ class EventStream(Response):
                 with contextlib.suppress(asyncio.CancelledError, OSError):
                     await task
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         waiting: asyncio.Future[Mapping[str, Any] | None] | None = None
         try:
@@ -64,7 +64,9 @@ class EventStream(Response):
                         chunk = finished.result()
                         more, data = chunk is not None, b"data: [DONE]\n\n" if chunk is None else _event(chunk)
                     except Exception as error:  # noqa: BLE001 - whatever ends a stream is told in it
-                        more, data = False, _event(describe(error)[1])
+                        body = describe(error)[1]
+                        scope["hasten.error"] = body["error"]["code"]
+                        more, data = False, _event(body)
                 await send({"type": "http.response.body", "body": data, "more_body": more})
                 if not more:
                     return

@@ -7,6 +7,7 @@ chunk of a call that waits (embeddings, scores), and hands events over. An abort
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import secrets
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from hasten.engine.limits import LIMITS
-from hasten.errors import HastenError, unknown_name
+from hasten.errors import HastenError, IncompatibleError, unknown_name
 from hasten.serve.settings import Settings
 
 if TYPE_CHECKING:
@@ -106,13 +107,14 @@ class Worker:
     ) -> None:
         self.settings, self.observe = settings, list(observe)
         self.state: State = "loading"
-        self.failure = ""
+        self.failure: BaseException | None = None  # what ended the engine's thread
         self.pool = ThreadPoolExecutor(2, thread_name_prefix="hasten-prepare")
         self._sources = dict(models)
         self._seats: dict[str, _Seat] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="hasten-engine", daemon=True)
+        self._begun, self._leaving = threading.Event(), threading.Lock()
         self._ending = False
 
     # --- on the event loop ---
@@ -136,10 +138,11 @@ class Worker:
         """Drain for at most `seconds`, abort the rest, end the thread."""
         self.drain()
         end = time.monotonic() + seconds
-        while any(seat.busy for seat in self._seats.values()) and time.monotonic() < end and self._thread.is_alive():
+        while self.busy and time.monotonic() < end and self._thread.is_alive():
             await asyncio.sleep(0.02)
         self._post(self._end)
-        await asyncio.to_thread(self._thread.join, 10.0)
+        if self._begun.is_set():  # what still loads cannot be interrupted, and the thread does not outlive the process
+            await asyncio.to_thread(self._thread.join, 10.0)
         self.pool.shutdown(wait=False, cancel_futures=True)
 
     def resolve(self, name: str) -> str:
@@ -197,6 +200,15 @@ class Worker:
         """Give up the requests of an answer; returns at once."""
         self._post(lambda: self._abort(model, answer))
 
+    def loaded(self) -> list[tuple[str, LLM]]:
+        """(name, model) of every model loaded so far, for whoever reads counters."""
+        return [(name, seat.llm) for name, seat in list(self._seats.items())]
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything runs or waits."""
+        return any(seat.busy for seat in list(self._seats.values()))
+
     def load(self) -> tuple[int, int]:
         """(rows running, requests waiting) over all models, as of now."""
         schedulers = [seat.llm.engine.scheduler for seat in self._seats.values()]
@@ -204,6 +216,15 @@ class Worker:
 
     def _post(self, command: Callable[[], None]) -> None:
         self._inbox.put(command)
+        if self.state == "stopped":  # nobody else takes it any more
+            self._leave()
+
+    def _leave(self) -> None:
+        """The thread ends, or has ended: whoever still waits is told."""
+        with self._leaving:
+            self._take(wait=False)
+            for seat in self._seats.values():
+                self._fail(seat, UnavailableError("the server has stopped", hint="try again later"))
 
     # --- in the engine's thread ---
 
@@ -211,22 +232,26 @@ class Worker:
         try:
             for name, source in self._sources.items():
                 started = time.perf_counter()
-                self._seats[name] = _Seat(source() if callable(source) else source)
+                seat = _Seat(source() if callable(source) else source)
+                seat.llm.engine.scheduler.max_queue = LIMITS.served_queue
+                with contextlib.suppress(IncompatibleError):  # the vocabulary of grammars, so that no request waits for it
+                    _ = seat.llm.grammars
+                self._seats[name] = seat
                 _LOG.info("model loaded", extra={"model": name, "seconds": round(time.perf_counter() - started, 2)})
+            self._begun.set()
             if self.state == "loading":
                 self.state = "ready"
             while not self._ending:
-                self._take(wait=not any(seat.busy for seat in self._seats.values()))
+                self._take(wait=not self.busy)
                 self._turn()
-        except BaseException as error:
-            self.failure = str(error) if isinstance(error, HastenError) else type(error).__name__
-            _LOG.exception("the engine's thread ended")
-            raise
+        except BaseException as error:  # noqa: BLE001 - nobody above but whoever asks for `failure`
+            self.failure = error
+            if self._begun.is_set() or not isinstance(error, HastenError):
+                _LOG.exception("the engine's thread ended")
         finally:
+            self._begun.set()
             self.state = "stopped"
-            self._take(wait=False)
-            for seat in self._seats.values():
-                self._fail(seat, UnavailableError("the server has stopped"))
+            self._leave()
 
     def _take(self, wait: bool) -> None:
         """Carry out what was asked meanwhile; with nothing else to do, wait for it."""
@@ -263,10 +288,10 @@ class Worker:
         for other in self._seats.values():
             if not other.busy:  # who comes back later has saved nothing up
                 other.spent_s = max(other.spent_s, least)
-        self._deliver(seat, events)
         scheduler = seat.llm.engine.scheduler
-        for watch in self.observe:
+        for watch in self.observe:  # before anybody hears of the pass: who has an answer finds it counted
             watch(name, spent, events, len(scheduler.running), len(scheduler.waiting))
+        self._deliver(seat, events)
 
     def _deliver(self, seat: _Seat, events: Sequence[Event]) -> None:
         """Hand the events of a pass to those who wait for them, in one call into the event loop."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hasten.engine.limits import LIMITS
 from hasten.errors import HastenError
-from hasten.serve.asgi import answer, http_scope
+from hasten.serve.asgi import answer, http_scope, reason
 from hasten.serve.batch.lines import Line, LineError, parse
 from hasten.serve.batch.results import Results, error_row, row
 from hasten.serve.settings import Settings
@@ -66,7 +66,7 @@ class Answering:
             status, headers, data = await answer(self._app, http_scope("POST", job.url, _HEADERS), body)
             if status >= 500 and self._worker.state == "stopped":
                 raise HastenError(
-                    f"the engine ended ({self._worker.failure or 'stopped'})",
+                    f"the engine ended ({reason(self._worker.failure)})",
                     hint="what was answered is kept; the same command goes on",
                 )
             if status not in (429, 503) or time.monotonic() > end:

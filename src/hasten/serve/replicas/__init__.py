@@ -178,10 +178,13 @@ def run_replicas(
     }
     with bound(settings) as listener, cluster(address, count * share + 1) as ray, _fleet(ray, spec, count, share) as fleet:
         front = Front(tuple(models), settings, fleet.ask, fleet.lost, fleet.full, fleet.counts, fleet.every)
-        fleet.deploy()
-        front.state = "ready"
         server = Server(config(Gate(front, settings), settings), front)
-        asyncio.run(_serve(server, listener, fleet, settings, models))
+        port = listener.getsockname()[1]
+        logs.say(f"hasten starts {count} replicas of {', '.join(models)} for {settings.host}:{port}")
+        asyncio.run(_serve(server, listener, fleet, front))
+    if front.failure is not None:
+        raise front.failure
+    logs.say("stopped")
 
 
 @contextmanager
@@ -193,27 +196,34 @@ def _fleet(ray: Any, spec: Mapping[str, Any], count: int, threads: int) -> Itera
         fleet.serve.shutdown()
 
 
-async def _serve(server: Server, listener: Any, fleet: Fleet, settings: Settings, models: Mapping[str, str]) -> None:
-    rolling: set[asyncio.Task[None]] = set()
+async def _serve(server: Server, listener: Any, fleet: Fleet, front: Front) -> None:
+    """Answer requests, with 503 until the replicas are there; replace them when a SIGHUP asks for it."""
+    at_work: set[asyncio.Task[None]] = set()
 
-    async def roll() -> None:
-        _LOG.info("replacing the replicas one by one")
+    async def deploy() -> None:
+        first = front.state == "loading"
+        _LOG.info("the replicas start" if first else "the replicas are replaced one by one")
         try:
             await asyncio.to_thread(fleet.deploy)
-            _LOG.info("the replicas have been replaced")
         except HastenError as error:
-            _LOG.error("the replicas could not be replaced: %s", error)
+            if front.state == "loading":
+                front.fail(error)
+            else:
+                _LOG.error("the replicas were not replaced: %s", error)
+            return
+        if front.state == "loading":
+            front.state = "ready"
+        _LOG.info("the replicas are ready" if first else "the replicas have been replaced")
 
     def hang_up() -> None:
-        if not rolling:
-            task = asyncio.ensure_future(roll())
-            rolling.add(task)
-            task.add_done_callback(rolling.discard)
+        if not at_work:
+            task = asyncio.ensure_future(deploy())
+            at_work.add(task)
+            task.add_done_callback(at_work.discard)
 
     if hasattr(signal, "SIGHUP"):
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hang_up)
-    port = listener.getsockname()[1]
-    logs.say(f"hasten serves {', '.join(models)} from replicas on {settings.host}:{port}")
+    hang_up()
     await server.serve([listener])
-    if rolling:
-        await asyncio.wait(rolling)
+    for task in at_work:
+        task.cancel()

@@ -46,12 +46,28 @@ class Front:
         every: Callable[..., list[Any]],
     ) -> None:
         self.state: State = "loading"
+        self.failure: BaseException | None = None  # what ended the replicas for good
+        self._open = 0  # requests that are being relayed
         self._models, self._settings, self._ask = tuple(models), settings, ask
         self._lost, self._full, self._counts, self._every = lost, full, counts, every
 
     def drain(self) -> None:
-        """Take no further request; what runs goes on."""
-        self.state = "draining"
+        """Take no further request; what runs goes on. Safe in a signal handler."""
+        if self.state in ("loading", "ready"):
+            self.state = "draining"
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is being relayed."""
+        return self._open > 0
+
+    async def stop(self, seconds: float = 0.0) -> None:
+        """Take no further request; what runs is given up when the server closes its connections."""
+        self.drain()
+
+    def fail(self, error: BaseException) -> None:
+        """There are no replicas, and there will be none."""
+        self.failure, self.state = error, "stopped"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI entry."""
@@ -85,7 +101,8 @@ class Front:
             await self._metrics(scope, receive, send)
             return
         if self.state != "ready":
-            raise errors.ApiError(503, "the server is shutting down", code="unavailable", retry_s=1)
+            why = {"loading": "is starting its replicas", "draining": "is shutting down"}.get(self.state, "has stopped")
+            raise errors.ApiError(503, f"the server {why}", code="unavailable", retry_s=1)
         body = b""
         if scope["method"] == "POST":
             message = await receive()  # the gate has read it whole
@@ -148,6 +165,7 @@ class Front:
         request = self._request(scope, body)
         gone = asyncio.ensure_future(_disconnect(receive))
         begun = False
+        self._open += 1
         try:
             for _ in range(_TRIES):
                 start: Message | None = None
@@ -177,6 +195,7 @@ class Front:
                 return
             raise _retriable(LostError("no replica stayed to answer the request", hint="try again"))
         finally:
+            self._open -= 1
             gone.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await gone

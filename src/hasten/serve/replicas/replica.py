@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hasten.engine.limits import LIMITS
 from hasten.errors import HastenError
-from hasten.serve.asgi import answer, exchange, http_scope
+from hasten.serve.asgi import answer, exchange, http_scope, reason
 from hasten.serve.settings import Settings
 
 if TYPE_CHECKING:
@@ -48,7 +48,9 @@ class Replica:
         while worker.state == "loading":
             await asyncio.sleep(0.02)
         if worker.state == "stopped":
-            raise HastenError(f"model {name!r} could not be loaded ({worker.failure})", hint="see the replica's log")
+            raise HastenError(
+                f"model {name!r} could not be loaded ({reason(worker.failure)})", hint="see the replica's log"
+            )
         self.workers[name], self._apps[name] = worker, app
         return app
 
@@ -79,7 +81,7 @@ class Replica:
         """Raise HastenError when an engine has ended: the replica is to be replaced."""
         for name, worker in self.workers.items():
             if worker.state == "stopped":
-                raise HastenError(f"the engine of {name!r} has ended ({worker.failure})")
+                raise HastenError(f"the engine of {name!r} has ended ({reason(worker.failure)})")
 
     def facts(self) -> dict[str, Any]:
         """What this replica holds and does: its process, models, rows running, requests waiting."""
