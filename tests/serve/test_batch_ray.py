@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -81,11 +83,14 @@ def test_a_killed_worker_loses_and_doubles_nothing(job, tmp_path):
 def test_a_killed_run_leaves_no_process_and_goes_on_where_it_was(job, tmp_path):
     model, source, expected = job
     out, log = tmp_path / "out.jsonl", tmp_path / "log"
+    before = set(Path(tempfile.gettempdir()).glob("hasten-ray-*"))
     with command(*arguments(model, source, out), log=log) as child:
         wait_for(lambda: child.poll() is not None or (out.exists() and out.read_bytes().count(b"\n") >= 20), 150, "answers")
         started = set(below(child.pid))
         child.send_signal(signal.SIGKILL)
         wait_for(lambda: not started & set(processes()), 120, "Ray's processes outlive the run")  # its agents take a minute
+    for folder in set(Path(tempfile.gettempdir()).glob("hasten-ray-*")) - before:
+        shutil.rmtree(folder)  # nobody was left to do it
     kept = out.read_bytes()
     assert 20 <= kept.count(b"\n") < len(expected)
     with command(*arguments(model, source, out), log=log) as child:

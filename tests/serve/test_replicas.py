@@ -18,7 +18,7 @@ from pathlib import Path
 import httpx
 import pytest
 from chat_model import write_model
-from ray_runs import LOOPBACK, below, command, get, open_addresses, wait_for
+from ray_runs import LOOPBACK, below, command, get, open_addresses, processes, wait_for
 
 import hasten
 from hasten.serve.replicas.exposition import merged
@@ -302,6 +302,7 @@ def streams_end_when_told_to_stop(port: int, name: str, server: int) -> None:
         text = head + answer.read()
     assert text.endswith(b"data: [DONE]\n\n")
     assert get(port, "/v1/models")[0] in (0, 503)
+    wait_for(lambda: server not in processes(), 60, "the server's end")
 
 
 @needs_ray

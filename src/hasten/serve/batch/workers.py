@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -169,8 +170,11 @@ def _source(path: Path, runs: Sequence[tuple[int, int, int, int]]) -> Any:
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost reason in a line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:300]
+    """The innermost reason that says something, in a line: Ray's own messages hold tracebacks, which end with it."""
+    found: str = type(error).__name__
+    inner: BaseException | None = error
+    while inner is not None:
+        lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
+        found = lines[-1] if lines else found
+        inner = inner.__cause__
+    return re.sub(r"^(\w+\.)+\w+: ", "", found)[:300]
