@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from chat_model import write_model
-from served import KEY, chat, serving, until
+from live import KEY, chat, serving, until
 
 import hasten
 from hasten.errors import ConfigError

@@ -7,9 +7,9 @@ import time
 import prometheus_client
 import pytest
 from chat_model import write_model
+from live import KEY, chat, serving, until
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_open
 from prometheus_client.parser import text_string_to_metric_families as parse
-from served import KEY, chat, serving, until
 
 import hasten
 from hasten.serve.app import build_app

@@ -20,7 +20,7 @@ from pathlib import Path
 import httpx
 import pytest
 from chat_model import write_model
-from served import chat, serving, until
+from live import chat, serving, until
 
 import hasten
 from hasten.serve.run import Server, config

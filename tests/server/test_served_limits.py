@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from chat_model import write_model
-from served import Served, chat, read_all, rows, serving, texts, until
+from live import Served, chat, read_all, rows, serving, texts, until
 
 import hasten
 from hasten.engine.limits import LIMITS, Limits
