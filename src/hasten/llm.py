@@ -310,10 +310,6 @@ class LLM:
                 )
             return self._grammars
 
-    def grammar_counts(self) -> Any:
-        """What grammars have cost this model so far (logits.grammar.Counts); None before the first one."""
-        return None if self._grammars is None else self._grammars.counts()
-
     def compile(self, grammar: Grammar) -> LogitsRule:
         """The logit rule of a grammar, for `Parts.rules`; safe from any thread, beside a running engine.
 

@@ -122,7 +122,7 @@ class Maker:
         if "response_format" in out and r.random() < 0.7:
             out["response_format"] = {"type": "json_schema", "json_schema": {"name": "x", "schema": r.choice(SCHEMAS)}}
         if "model" in fields and r.random() < 0.95:
-            out["model"] = r.choice(["tiny", "tiny", "tiny", "mini-dlm"])
+            out["model"] = r.choice(["tiny", "ended", "ended", "mini-dlm"])
         if "max_tokens" in fields and r.random() < 0.9:
             out["max_tokens"] = r.choice([1, 2, 5, 9])
         if r.random() < wrong:

@@ -8,8 +8,8 @@ from collections import Counter
 
 import pytest
 from chat_model import write_model
+from live import chat, ended_model, rows, serving, texts, until
 from requests_of import Maker
-from served import chat, rows, serving, texts, until
 
 import hasten
 from hasten.engine.limits import LIMITS
@@ -20,7 +20,8 @@ PRIVATE = re.compile(r"0x[0-9a-fA-F]{4}|object at|/(work|tmp|usr|home|root|etc|s
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     llm = hasten.load(str(write_model(tmp_path_factory.mktemp("tiny"))))
-    with serving({"tiny": llm, "mini-dlm": lambda: hasten.load("mini-dlm")}) as served:
+    ended = hasten.load(str(ended_model(tmp_path_factory.mktemp("ended"))))
+    with serving({"tiny": llm, "ended": ended, "mini-dlm": lambda: hasten.load("mini-dlm")}) as served:
         yield served
 
 
@@ -73,7 +74,7 @@ def test_thousands_of_random_requests(server):
 
 def test_the_judge_finds_a_fault():
     class Answer:
-        status_code, text, content, headers = 500, "x", b"x", {}  # noqa: RUF012
+        status_code, text, content, headers = 500, "x", b"x", {}
 
     with pytest.raises(AssertionError):
         judge({"method": "GET", "url": "/"}, Answer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from chat_model import write_model
-from served import KEY, OTHER_KEY, serving
+from live import KEY, OTHER_KEY, ended_model, serving
 
 import hasten
 from hasten.serve.settings import Settings
@@ -17,9 +17,10 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def server(tiny):
-    """Serves the tiny chat model and mini-dlm to everybody on this machine."""
-    with serving({"tiny": tiny, "mini-dlm": lambda: hasten.load("mini-dlm")}) as served:
+def server(tiny, tmp_path_factory):
+    """Serves the tiny chat model, one whose answers can end, and mini-dlm to everybody on this machine."""
+    ended = hasten.load(str(ended_model(tmp_path_factory.mktemp("ended"))))
+    with serving({"tiny": tiny, "ended": ended, "mini-dlm": lambda: hasten.load("mini-dlm")}) as served:
         yield served
 
 

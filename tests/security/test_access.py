@@ -12,7 +12,7 @@ import sys
 import time
 
 import pytest
-from served import KEY, OTHER_KEY, Served, chat, routes
+from live import KEY, OTHER_KEY, Served, chat, routes
 
 from hasten.errors import ConfigError
 from hasten.serve import security

@@ -7,7 +7,7 @@ import logging
 import re
 
 import pytest
-from served import chat
+from live import chat
 
 from hasten.engine.limits import LIMITS
 from hasten.serve import errors

@@ -7,7 +7,7 @@ import time
 
 from hypothesis import given
 from hypothesis import strategies as st
-from served import KEY, OTHER_KEY, chat
+from live import KEY, OTHER_KEY, chat
 from starlette.requests import Request
 
 from hasten.serve import generation

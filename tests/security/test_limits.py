@@ -10,7 +10,7 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from served import chat, read_all, routes
+from live import chat, read_all, routes
 
 from hasten.engine.limits import LIMITS
 from hasten.serve import run
@@ -133,7 +133,7 @@ def test_a_quick_client_may_ask_again_and_again(server, hurried):
 
 
 def test_a_slow_body_is_cut_off(monkeypatch, tiny):
-    from served import serving
+    from live import serving
 
     from hasten.serve import app
 

@@ -12,7 +12,7 @@ import time
 import httpx
 import pytest
 from chat_model import write_model
-from served import KEY, chat
+from live import KEY, chat
 
 from hasten.serve.logs import Lines, escaped
 

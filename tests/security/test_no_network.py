@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from served import chat
+from live import chat
 
 SEEN: list[str] = []
 _ON = [False]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from served import chat
+from live import chat
 
 from hasten.errors import ConfigError
 from hasten.serve.run import named

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from served import chat
+from live import chat
 
 SPELLINGS = [
     "[MASK]", "<mdm_mask>", "<|mdm_mask|>", "<|endoftext|>", "<|im_end|>", "<|im_start|>", "</s>", "<s>", "<eos>", "<pad>", "<bos>",

@@ -9,7 +9,7 @@ import pytest
 from chat_model import write_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from served import chat, serving
+from live import chat, serving
 
 import hasten
 from hasten.engine.limits import LIMITS

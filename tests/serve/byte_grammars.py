@@ -7,6 +7,9 @@ from typing import Any
 
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
+from hasten.logits._compile import prepare
+from hasten.types import Grammar
+
 
 class _Bytes:
     eos_token_id, bos_token_id = 256, None
@@ -20,9 +23,9 @@ class _Bytes:
 _TOKENIZER = LLTokenizer(TokenizerWrapper(_Bytes()))
 
 
-def matcher(lark: str) -> LLMatcher:
-    """A matcher of this Lark grammar; fails where llguidance finds a fault or warns."""
-    text = LLMatcher.grammar_from_lark(lark)
+def matcher(grammar: Grammar) -> LLMatcher:
+    """A matcher of this grammar as hasten hands it to llguidance; fails where that finds a fault or warns."""
+    text = prepare(grammar)
     error, notes = LLMatcher.validate_grammar_with_warnings(text, _TOKENIZER)
     assert not error, notes
     assert not notes, notes

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from chat_model import write_model
-from served import CHAT, Served, load, serving, texts, with_end
+from official import CHAT, Served, load, serving, texts, with_end
 
 from hasten.llm import LLM
 from hasten.types import Output

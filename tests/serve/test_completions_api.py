@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from chat_model import write_model
-from served import Served, load, serving
+from official import Served, load, serving
 
 from hasten.llm import LLM
 

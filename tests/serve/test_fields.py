@@ -8,13 +8,13 @@ from typing import Any, get_args
 import httpx
 import pytest
 from chat_model import write_model
+from official import CHAT, Served, load, serving, with_end
 from openai.types import completion_create_params as completion_types
 from openai.types import embedding_create_params as embedding_types
 from openai.types.chat import chat_completion_content_part_param as part_types
 from openai.types.chat import chat_completion_message_param as message_types
 from openai.types.chat import completion_create_params as chat_types
 from openai.types.chat.chat_completion_stream_options_param import ChatCompletionStreamOptionsParam
-from served import CHAT, Served, load, serving
 
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "object"}}}
@@ -45,7 +45,7 @@ CHATS: dict[str, tuple[Any, Any, str]] = {
     "response_format": ({"type": "text"}, {"type": "xml"}, "response_format.type"),
     "tools": ([TOOL], [{"type": "custom", "custom": {"name": "look"}}], "tools[0].type"),
     "tool_choice": (NONE, "auto", "tool_choice"),  # only with tools
-    "parallel_tool_calls": (True, "no", "parallel_tool_calls"),
+    "parallel_tool_calls": (NONE, True, "parallel_tool_calls"),  # only with tools
     "modalities": (["text"], ["audio"], "modalities[0]"),
     "service_tier": ("auto", "flex", "service_tier"),
     "store": (False, True, "store"),
@@ -109,7 +109,8 @@ ROUTES = {
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving({"tiny": load(write_model(tmp_path_factory.mktemp("tiny")))}) as running:
+    tiny = load(with_end(write_model(tmp_path_factory.mktemp("tiny")), 1))  # without an end, no grammar could end
+    with serving({"tiny": tiny}) as running:
         yield running
 
 

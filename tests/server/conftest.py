@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from chat_model import write_model
-from served import serving
+from live import serving
 
 import hasten
 

@@ -12,7 +12,7 @@ import sys
 import time
 
 import pytest
-from served import chat, rows, until
+from live import chat, rows, until
 
 MANY = 3500
 

@@ -71,6 +71,8 @@ def failed(event: Event) -> None:
     """Raise ApiError for an event that says that its choice has failed or was given up."""
     if event.kind == "error":
         late = "deadline" in event.text
+        if event.text.startswith("the grammar "):  # the request's own, which nothing can follow or which costs too much
+            raise ApiError(400, event.text, code="grammar_failed")
         raise ApiError(504 if late else 500, event.text, code="deadline" if late else "engine_error")
     if event.output is not None and event.output.finish_reason == "abort":
         raise ApiError(504, "the request was given up before it ended", code="aborted")

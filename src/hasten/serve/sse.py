@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from hasten.engine.limits import LIMITS
 from hasten.serve.errors import describe
 
+_LINE_ENDS = ("\x85", "\u2028", "\u2029")  # those that JSON does not escape by itself
 _LOG = logging.getLogger("hasten.serve")
 _HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
 
@@ -88,4 +89,8 @@ async def _gone(receive: Receive) -> None:
 
 
 def _event(value: Mapping[str, Any]) -> bytes:
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n\n"
+    """One event. JSON in it is on one line for every client: some end lines where Unicode does, not only at \\n."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    for character in _LINE_ENDS:
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return b"data: " + text.encode("utf-8", "replace") + b"\n\n"

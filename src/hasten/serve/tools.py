@@ -172,8 +172,9 @@ def tool_grammar(offer: Offer | None) -> Grammar | None:
     one_call = not offer.parallel or offer.choice == "function"
     more = "" if one_call else f" ({_quoted(chr(10) + CALL_OPEN)} body)*"
     if offer.choice == "auto":
-        # `head` is lazy: at its first `<tool_call>` free text ends, and nothing but a call can follow.
-        lines = [f"start: TEXT | head body{more}", "TEXT: /(.|\\n)*/", f"head[lazy]: TEXT {_quoted(CALL_OPEN)}"]
+        # No TEXT holds `<tool_call>`, and HEAD ends with its first: once it is written, nothing but a call can follow.
+        text = _without(CALL_OPEN)
+        lines = [f"start: TEXT | HEAD body{more}", f"TEXT: /{text}/", f"HEAD: /{text}{CALL_OPEN}/"]
     else:
         lines = [f"start: {_quoted(CALL_OPEN)} body{more}"]
     calls = " | ".join(f"call_{i}" for i in places)
@@ -187,6 +188,14 @@ def tool_grammar(offer: Offer | None) -> Grammar | None:
     if len(text) > LIMITS.grammar_bytes:
         raise out_of_range("tools", f"schemas of {len(text)} bytes", f"at most {LIMITS.grammar_bytes} bytes of schemas")
     return Grammar("lark", text)
+
+
+def _without(word: str) -> str:
+    """A regex of the texts that do not hold `word`, whose first character stands nowhere else in it."""
+    first, rest = word[0], ""
+    for after in reversed(word[1:]):  # what may come when the word has been written as far as `after`
+        rest = f"([^{first}{after}][^{first}]*|{after}{rest})?" if rest else f"([^{first}{after}][^{first}]*)?"
+    return f"[^{first}]*({first}{rest})*"
 
 
 def _closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
+from chat_model import write_model
 
 from hasten.serve.app import build_app
 from hasten.serve.run import Server, config
@@ -70,8 +73,11 @@ def until(true: Callable[[], bool], seconds: float = 10) -> bool:
 
 
 @contextlib.contextmanager
-def serving(models: Mapping[str, Any], settings: Settings | None = None) -> Iterator[Served]:
-    """A server of these models (LLMs, or functions that load them), ready, until the end of the block."""
+def serving(models: Mapping[str, Any], settings: Settings | None = None, *, loaded: bool = True) -> Iterator[Served]:
+    """A server of these models (LLMs, or functions that load them), ready, until the end of the block.
+
+    Without `loaded` it listens, and may still load.
+    """
     settings = settings or Settings()
     steps: list[tuple[str, float]] = []
     worker = Worker(models, settings, [lambda name, seconds, *_: steps.append((name, seconds))])
@@ -81,14 +87,23 @@ def serving(models: Mapping[str, Any], settings: Settings | None = None) -> Iter
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     try:
-        assert until(lambda: worker.state not in ("loading",), 60)
-        assert worker.state == "ready", worker.failure
+        assert until(lambda: server.started, 60)
+        assert not loaded or until(lambda: worker.state != "loading", 60)
+        assert not loaded or worker.state == "ready", worker.failure
         yield Served(listener.getsockname()[1], worker, app, steps)
     finally:
         server.should_exit = True
         thread.join(20)
         listener.close()
     assert not thread.is_alive()
+
+
+def ended_model(folder: Path) -> Path:
+    """A tiny chat model whose answers can end, as grammars need it."""
+    write_model(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": 1}))
+    return folder
 
 
 def rows(served: Served) -> int:

@@ -177,7 +177,7 @@ def test_a_canvas_is_counted_too(server):
 def test_requests_are_counted_by_route_and_status_and_never_by_what_callers_invent(server):
     with server.client() as client:
         before = read(client)
-        for path in ("/nope", "/v1/models/nope", "/v1/models/tiny", "/v1/chat/completions/../secret", "/%0a"):
+        for path in ("/nope", "/v1/models/nope", "/v1/models/tiny", "/v1/chat/completions/../secret", "/%0ax"):
             client.get(path)
         client.post("/v1/chat/completions", json=chat(n=99))
         client.post("/v1/chat/completions", content=b"{")
