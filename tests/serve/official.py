@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import live
 import openai
-import served
 
 import hasten
 from hasten.llm import LLM
@@ -47,22 +47,22 @@ class Served:
     def until(self, holds: Callable[[], bool], what: str, seconds: float = 10.0) -> float:
         """Seconds until `holds`; fails when that takes longer than `seconds`."""
         start = time.monotonic()
-        assert served.until(holds, seconds), f"not in {seconds} s: {what}"
+        assert live.until(holds, seconds), f"not in {seconds} s: {what}"
         return time.monotonic() - start
 
 
 @contextmanager
 def serving(models: Mapping[str, Any], *, loaded: bool = True, **settings: Any) -> Iterator[Served]:
     """Serve `models` while the context lasts; it must end with nothing left in any engine."""
-    with served.serving(models, Settings(**settings), loaded=loaded) as running, ExitStack() as closing:
+    with live.serving(models, Settings(**settings), loaded=loaded) as running, ExitStack() as closing:
         own = Served(running.url, running.worker, closing)
         yield own
         own.until(lambda: running.worker.load() == (0, 0), "no rows left behind")
 
 
-def load(folder: str | Path) -> LLM:
+def load(folder: str | Path, **options: Any) -> LLM:
     """A model with a small cache."""
-    return hasten.load(folder, cache_bytes=CACHE)
+    return hasten.load(folder, cache_bytes=CACHE, **options)
 
 
 def with_end(folder: Path, token: int) -> Path:

@@ -45,7 +45,7 @@ CHATS: dict[str, tuple[Any, Any, str]] = {
     "response_format": ({"type": "text"}, {"type": "xml"}, "response_format.type"),
     "tools": ([TOOL], [{"type": "custom", "custom": {"name": "look"}}], "tools[0].type"),
     "tool_choice": (NONE, "auto", "tool_choice"),  # only with tools
-    "parallel_tool_calls": (True, "no", "parallel_tool_calls"),
+    "parallel_tool_calls": (NONE, True, "parallel_tool_calls"),  # only with tools
     "modalities": (["text"], ["audio"], "modalities[0]"),
     "service_tier": ("auto", "flex", "service_tier"),
     "store": (False, True, "store"),
