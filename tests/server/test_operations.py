@@ -131,12 +131,13 @@ def test_while_it_loads_it_says_so_and_then_it_is_ready(tmp_path, folder):
 def test_told_to_stop_it_answers_what_it_has_begun_and_refuses_the_rest(tmp_path, folder):
     with slow(tmp_path, folder) as server:
         assert until(lambda: server.status("/ready") == 200, 30)
-        body = chat(max_tokens=150, stream=True)
+        body = chat(max_tokens=300, stream=True)
         with WEB.stream("POST", server.url + "/v1/chat/completions", json=body) as stream:
             lines = stream.iter_lines()
             next(lines)
             server.popen.send_signal(signal.SIGTERM)
             assert until(lambda: server.status("/ready") == 503, 20)
+            time.sleep(0.5)  # several of the server's looks at whether it may end
             refused = WEB.post(server.url + "/v1/chat/completions", json=chat())
             assert refused.status_code == 503
             assert int(refused.headers["retry-after"]) >= 1
