@@ -1,8 +1,8 @@
 """Writes the pages that are made from the code: `make docs`. A test checks that the committed pages are current.
 
-cli.md, limits.md, works.md and results.md are written whole. In methods/<slug>.md the block between the two card marks,
-in the README the table between the two bench marks, and in mini.md what the cards of the small models say, is written; the
-rest of the page is the author's.
+cli.md, limits.md, metrics.md, works.md and results.md are written whole. In methods/<slug>.md the block between the two
+card marks, in the README the table between the two bench marks, and in mini.md what the cards of the small models say, is
+written; the rest of the page is the author's.
 """
 
 from __future__ import annotations
@@ -77,6 +77,19 @@ def limits() -> str:
         "the work of one step (rows, prefill_chunk, step_tokens, draft_nodes, cache_share) only shape how it runs."
     )
     return "\n\n".join([NOTE, "# Limits", text, table(("limit", "default", "unit", "reason"), rows)]) + "\n"
+
+
+def metrics() -> str:
+    """docs/metrics.md: every metric of the server with its kind, labels and meaning."""
+    from hasten.serve.metrics import SPECS
+
+    rows = [(f"`{s.name}`", s.kind, ", ".join(f"`{label}`" for label in s.labels), s.help) for s in SPECS]
+    text = (
+        "What `GET /metrics` of `hasten serve` tells, in Prometheus' text format or as OpenMetrics, whichever is asked "
+        "for; with keys set it needs one. Values of labels come from this server, never from a caller. "
+        "[Serving](guide/serving.md#metrics-and-logs) has a scrape example and queries."
+    )
+    return "\n\n".join([NOTE, "# Metrics", text, table(("metric", "kind", "labels", "meaning"), rows)]) + "\n"
 
 
 def card(slug: str) -> str:
@@ -390,6 +403,7 @@ def pages() -> dict[Path, str]:
     made = {
         DOCS / "cli.md": cli(),
         DOCS / "limits.md": limits(),
+        DOCS / "metrics.md": metrics(),
         DOCS / "works.md": works(),
         DOCS / "results.md": results(),
     }

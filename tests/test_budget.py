@@ -243,3 +243,24 @@ def test_placeholders_are_asked_for_while_they_pay_and_looked_at_ever_more_rarel
     assert gaps == sorted(gaps)
     assert when[0] == 7
     assert gaps[0] == 16
+
+
+def test_a_cheap_drafter_rests_in_batches_where_nothing_of_it_pays_and_comes_back():
+    budget, drafter = Budget(), Stub()
+    draft = Draft((1, 2), (-1, 0), scores=(0.3, 0.3))
+
+    def asked(rows: int, steep: float) -> bool:
+        budget.cost = taught(lambda n: 1.0 + steep * (n - rows), rows=rows)
+        budgets = budget.ask(drafter, [2] * rows)
+        if any(budgets):
+            budget.keep(rows, 0, [(row, drafter, draft) for row in range(rows)])
+        return any(budgets)
+
+    assert all(asked(1, 1.0) for _ in range(40))  # one row: nothing to save
+    dear = [asked(4, 1.0) for _ in range(60)]
+    assert dear[:8] == [True] * 8
+    assert not any(dear[8:15])
+    assert 15 < sum(dear) < 30  # it is looked at again and again
+    while not asked(4, 0.0):  # a machine where nodes cost nothing: asked after at most one rest, and from then on always
+        pass
+    assert all(asked(4, 0.0) for _ in range(40))

@@ -18,6 +18,7 @@ PAGES = [
     ROOT / "docs" / "mini.md",
     ROOT / "docs" / "native.md",
     ROOT / "docs" / "speculative.md",
+    ROOT / "docs" / "guide" / "batch.md",
     *sorted((ROOT / "docs" / "methods").glob("*.md")),
 ]
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -26,6 +26,8 @@ _BINS = 20  # bins of a drafter's scores
 _KEEP = 0.98  # weight of a bin's past against its next observation: about 50 observations count
 _ROW = 6.0  # observations by which one row's acceptance is drawn to that of all rows
 _PRIOR = 4.0  # observations that the drafter's own score is worth
+_USELESS = 8  # passes of several rows in a row for which nothing of a drafter's paid, after which it is not asked
+_REST = 8  # for so many passes; half as many that do not pay then follow until the next rest
 _SLOWER = 3.0  # rows that decode wait for prompts at most so many times as long as their own pass takes
 _LEAST_READ = 32  # prompt tokens of a pass at least: fewer cost nearly as much
 _READ = 64  # as long as nothing was measured
@@ -290,6 +292,7 @@ class _Book:
         self.acceptance = Acceptance()
         self.cost = PassCost()
         self.skipped, self.patience = 0, 8
+        self.useless, self.pause = 0, 0  # passes of several rows in a row that kept nothing of it, and its rest from them
         self.blind, self.rest = 0, 8  # passes without its placeholders, and how many there are to be
 
 
@@ -308,20 +311,24 @@ class Budget:
         return found
 
     def plain(self, rows: int) -> float:
-        """Seconds of a pass of so many rows without drafts, or of the most rows below that were measured; 0 if none were."""
+        """Seconds of a pass of so many rows without drafts, or of the most rows below that were measured, else 0."""
         return next((seconds for n in range(rows, 0, -1) if (seconds := self.cost(n, n))), 0.0)
 
     def ask(self, drafter: Drafter, caps: Sequence[int]) -> list[int]:
         """Nodes to ask of `drafter` for each row, at most `caps`; all zeros: do not ask it this time.
 
-        A drafter that is cheap and proposes fixed tokens is always asked for all: its drafts are cut afterwards, by what
-        they say. One that costs something, or samples (whose draft must not be cut by its tokens), is weighed before.
+        A drafter that is cheap and proposes fixed tokens is asked for all: its drafts are cut afterwards, by what they say.
+        It rests for a few passes where several rows decode and long none of its nodes paid. One that costs something, or
+        samples (whose draft must not be cut by its tokens), is weighed before.
         """
         book, rows, cap = self.book(drafter), len(caps), max(caps)
         plain = self.cost(rows, rows)
         drafting = book.cost(rows, rows + sum(caps))
         if drafter.draws == "point" and (drafting <= CHEAP * plain or getattr(drafter, "weighed", False)):
-            return list(caps)
+            if rows > 1 and book.useless >= _USELESS:
+                book.useless, book.pause = _USELESS // 2, _REST
+            book.pause -= book.pause > 0
+            return [0] * rows if rows > 1 and book.pause else list(caps)
         if not plain:
             return [0] * rows
         best, chosen = 1.0 / plain, 0
@@ -383,6 +390,8 @@ class Budget:
         chosen: list[list[int]] = [[] for _ in drafts]
         for _, i, node in ranked[:kept]:
             chosen[i].append(node)
+        for book in {id(drafter): self.book(drafter) for _, drafter, _ in drafts}.values():
+            book.useless = 0 if kept or rows == 1 else book.useless + 1
         return [
             select(draft, deepest_first(draft, chosen[i])) if drafter.draws == "point" else draft
             for i, (_, drafter, draft) in enumerate(drafts)

@@ -124,7 +124,7 @@ class LLM:
             cache_bytes=cache_bytes,
             decoder=None if self.tokenizer is None else self.tokenizer.stream,
             prefix_bytes=int(cache_bytes * LIMITS.prefix_share) if prefix_cache else 0,
-            identity=f"{loaded.source} {loaded.dtype}",
+            identity=_identity(loaded),
             available=available_bytes if serving else None,
         )
         self._parts: dict[tuple[str, ...], Parts] = {}
@@ -310,10 +310,6 @@ class LLM:
                 )
             return self._grammars
 
-    def grammar_counts(self) -> Any:
-        """What grammars have cost this model so far (logits.grammar.Counts); None before the first one."""
-        return None if self._grammars is None else self._grammars.counts()
-
     def compile(self, grammar: Grammar) -> LogitsRule:
         """The logit rule of a grammar, for `Parts.rules`; safe from any thread, beside a running engine.
 
@@ -323,8 +319,12 @@ class LLM:
         return self.grammars.compile(grammar)
 
     def forget(self) -> None:
-        """Drop every method built so far with what it has learnt; the next request starts cold. Nothing may be running."""
+        """Drop every method built so far with what it has learnt, and kept prompts: the next request starts cold.
+
+        Nothing may be running.
+        """
         self._parts.clear()
+        self.engine.scheduler.pool.shrink()
 
     def _costs(self) -> PassCost:
         """What passes cost on this machine, from its profile to begin with (measured at first use, in under a second)."""
@@ -450,3 +450,10 @@ class LLM:
             "threads": torch.get_num_threads(),
             "backbone": self.model.name,
         }
+
+
+def _identity(loaded: Loaded) -> str:
+    """What tells this model from any other, and from itself with other rounding."""
+    weights = getattr(loaded.model, "weights", None)
+    layouts = [] if weights is None else sorted({str(matrix.layout) for matrix in weights.matrices.values()})
+    return f"{loaded.source} {loaded.dtype} {getattr(loaded.model, 'activations', 'exact')} {layouts}"

@@ -364,3 +364,24 @@ def test_the_limit_admits_the_largest_default_canvas():
     from hasten.engine.limits import LIMITS
 
     assert LIMITS.canvas_steps == 512 * 512
+
+
+def test_choices_do_not_take_over_what_a_failed_first_one_read(monkeypatch):
+    import dataclasses
+
+    engine, _ = engine_of("causal")
+    one = request(7, temperature=0.9, n=3)
+    expected = alone("causal", one)
+    run, passes = engine.backbone.run, []
+
+    def spoilt(rows, needs):
+        done = run(rows, needs)
+        passes.append(rows)
+        if len(passes) == 1:
+            done = dataclasses.replace(done, logits=torch.full_like(done.logits, torch.nan))
+        return done
+
+    monkeypatch.setattr(engine.backbone, "run", spoilt, raising=False)
+    outs = engine.run([(one, PLAIN)])[0]
+    assert outs[0].finish_reason == "error"
+    assert [out.tokens for out in outs[1:]] == expected[1:]

@@ -32,7 +32,7 @@ ONLY_IN = {
     "gguf": ("models", "bench.peers"),
     "llguidance": ("logits.grammar", "logits._compile"),
     **dict.fromkeys(("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"), ("serve",)),
-    "ray": ("serve.replicas", "serve.batch"),
+    "ray": ("serve.cluster", "serve.replicas", "serve.batch"),
     "lm_eval": ("bench",),
 }
 

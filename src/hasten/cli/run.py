@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from hasten.cli._batch import Batch, Out, RayAddress, Retry, UseRay, Workers, answer_batch
 from hasten.cli._canvas import watch_canvas
 from hasten.cli._shared import (
     Activations,
@@ -33,8 +34,9 @@ def register(app: typer.Typer) -> None:
 
 
 def run(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Catalog name, directory, hub id, .gguf or .safetensors file.")],
-    prompt: Annotated[str, typer.Argument(help='The prompt; "-" reads it from standard input.')],
+    prompt: Annotated[str | None, typer.Argument(help='The prompt; "-" reads it from standard input.')] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 always takes the best token; 0.7 varies; above 1 wanders.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens that together hold this probability.")] = 1.0,
@@ -72,8 +74,16 @@ def run(
     force: Annotated[bool, typer.Option("--force", help="Load although the memory check refuses.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed and cost to standard error.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming text.")] = False,
+    batch: Batch = None,
+    out: Out = None,
+    retry_errors: Retry = False,
+    ray: UseRay = False,
+    ray_address: RayAddress = None,
+    workers: Workers = None,
 ) -> None:
-    """Generate from one prompt: text appears as it is made."""
+    """Generate from one prompt, text appears as it is made; or answer a file of requests (--batch)."""
+    if answer_batch(context):
+        return
     from hasten.errors import ConfigError
 
     fields = sampling(
@@ -85,6 +95,8 @@ def run(
         raise ConfigError("--watch shows text as it is made; leave out --json and --fill", field="watch")
     chosen = method or ["auto"]
     check_methods(chosen)
+    if prompt is None:
+        raise ConfigError("prompt is missing", hint="give a prompt, - for standard input, or --batch FILE", field="prompt")
     text = read_stdin() if prompt == "-" else prompt
     if not text:
         raise ConfigError("prompt is empty; prompt must hold at least one character", field="prompt")

@@ -46,6 +46,11 @@ def serve(
     weights: Weights = "stored",
     threads: Threads = None,
     force: Annotated[bool, typer.Option("--force", help="Load although the memory check refuses.")] = False,
+    ray: Annotated[bool, typer.Option("--ray", help="Serve from several processes, through Ray Serve.")] = False,
+    replicas: Annotated[int | None, typer.Option(help="With --ray: how many, each with its share of threads.")] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="With --ray: a cluster that runs already (default: one of this machine).")
+    ] = None,
 ) -> None:
     """Serve models over the OpenAI API, with a page at / and metrics at /metrics."""
     from hasten.serve.run import named, run
@@ -68,7 +73,25 @@ def serve(
         "threads": threads, "force": force, "prefix_cache": prefix_cache,
     }  # fmt: skip
     sources = named(models, aliases, options)
-    run(sources, settings, log_level=log_level, log_json=log_json)
+    if not ray:
+        for option, value in (("--replicas", replicas), ("--ray-address", ray_address)):
+            if value is not None:
+                raise ConfigError(f"{option} is for --ray", hint="add --ray", field=option.strip("-"))
+        run(sources, settings, log_level=log_level, log_json=log_json)
+        return
+    from hasten.serve.replicas import run_replicas
+
+    del options["threads"]
+    run_replicas(
+        dict(zip(sources, models, strict=True)),
+        settings,
+        load=options,
+        count=2 if replicas is None else replicas,
+        threads=threads,
+        address=ray_address,
+        log_level=log_level,
+        log_json=log_json,
+    )
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from typing import cast
 
 from torch import Tensor
@@ -45,10 +46,12 @@ class AutoregressiveLoop:
         self._place(turns)
         self._propose(turns)
         drafted_s = self.trace.now()
-        needs = NO_NEEDS
+        asked: dict[int, Needs] = {}
         for turn in turns:
             if turn.row.drafter is not None:
-                needs = needs.union(turn.row.drafter.needs)
+                key = id(turn.row.drafter)
+                turn.needs = asked[key] if key in asked else asked.setdefault(key, turn.row.drafter.needs)
+        needs = reduce(Needs.union, asked.values(), NO_NEEDS)
         for turn in turns:
             turn.row.size = turn.count + len(turn.draft)
         done = self.backbone.run([turn.input() for turn in turns], needs)
@@ -79,15 +82,15 @@ class AutoregressiveLoop:
         row.drafted += len(turn.draft)
         row.native &= done.backbone == self.backbone.name
         logits = done.row_logits(index)
-        if drafter is not None and drafter.needs.prompt and turn.read:
-            reports.append(self._reading(turn, index, done, logits, drafter.needs))
+        if drafter is not None and turn.needs.prompt and turn.read:
+            reports.append(self._reading(turn, index, done, logits, turn.needs))
         if turn.ready:
             logits = logits[turn.heard :]
             judged = self._judge(turn, logits, done, done.logit_starts[index] + turn.heard)
             if judged is None:
                 return []
             if drafter is not None:
-                reports.append(self._feedback(turn, index, done, logits, *judged, drafter.needs))
+                reports.append(self._feedback(turn, index, done, logits, *judged, turn.needs))
         else:
             row.cache.advance(turn.count)
             self._prefilled(row, row.cache.length)

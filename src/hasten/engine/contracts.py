@@ -176,7 +176,7 @@ class RowInput:
     @property
     def queries(self) -> int:
         """T, the number of query positions."""
-        return len(self.positions)
+        return self.positions.shape[0]  # len() of a tensor takes a detour through Python
 
     def wanted(self) -> range | tuple[int, ...]:
         """Indices of the queries whose logits are wanted."""
@@ -217,7 +217,7 @@ class Pass:
 
     def row_logits(self, row: int) -> Tensor:
         """Logits [wanted of this row, vocab]."""
-        ends = (*self.logit_starts[1:], len(self.logits))
+        ends = (*self.logit_starts[1:], self.logits.shape[0])
         return self.logits[self.logit_starts[row] : ends[row]]
 
 

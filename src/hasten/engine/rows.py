@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from hasten.engine.cache import Past, RowCache
-from hasten.engine.contracts import EMPTY_DRAFT, NO_NEEDS, Draft, Drafter, Law, Pseudo, RowInput, RowView
+from hasten.engine.contracts import EMPTY_DRAFT, NO_NEEDS, Draft, Drafter, Law, Needs, Pseudo, RowInput, RowView
 from hasten.engine.masks import CAUSAL, Tree
 from hasten.engine.sampling import Sampler
 from hasten.engine.verify import depths
@@ -133,7 +133,7 @@ class Row(Choice):
 class Turn:
     """One row's part of a pass: `count` pending tokens, then the nodes of `draft` when the row is `ready`.
 
-    `pseudo` are the placeholders its drafter asks for, None where they do not pay.
+    `pseudo` are the placeholders its drafter asks for, None where they do not pay; `needs` is what it wants to hear.
     """
 
     row: Row
@@ -141,12 +141,12 @@ class Turn:
     ready: bool
     draft: Draft = EMPTY_DRAFT
     pseudo: Pseudo | None = None
+    needs: Needs = NO_NEEDS
 
     @property
     def heard(self) -> int:
         """Prompt tokens before the root whose logits the drafter asked for."""
-        needs = NO_NEEDS if self.row.drafter is None else self.row.drafter.needs
-        return self.read if needs.prompt and needs.prompt_logits else 0
+        return self.read if self.needs.prompt and self.needs.prompt_logits else 0
 
     @property
     def read(self) -> int:

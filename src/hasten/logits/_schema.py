@@ -351,7 +351,7 @@ class _Walk:
         return root[0]
 
     def inline(self, defs: Mapping[str, Any]) -> None:
-        """References that are alternatives of a oneOf, replaced by what they lead to: else llguidance sees no difference."""
+        """References that are alternatives of a oneOf become what they lead to: else llguidance sees no difference."""
         sizes: dict[str, int] = {}
         total = 0
         for options in self.unions:

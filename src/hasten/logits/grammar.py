@@ -41,7 +41,7 @@ card = MethodCard(
     plugs_into="logits",
     exactness="lossy",
     claim="Finished answers are always valid: JSON of a schema, a regex, a Lark grammar or one of a list of choices.",
-    no_help="What the schema does not say: a valid answer can still be wrong, and max_tokens can end it before it is whole.",
+    no_help="What the schema does not say: a valid answer can be wrong, and max_tokens can end it before it is whole.",
     needs=("causal",),
 )
 

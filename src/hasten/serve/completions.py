@@ -16,7 +16,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from hasten.engine.limits import LIMITS
-from hasten.errors import ConfigError, IncompatibleError, out_of_range
+from hasten.errors import ConfigError, ContextLengthError, IncompatibleError, out_of_range
 from hasten.serve import generation
 from hasten.serve.access import Account, account
 from hasten.serve.chat import Head
@@ -40,6 +40,8 @@ async def complete(body: CompletionBody, request: Request) -> Response:
     if body.max_tokens == 0:
         work = scored(worker, body, prompts, head, account(request.scope))
         return JSONResponse(await generation.until_gone(request, work))
+    if len(prompts) > LIMITS.served_queue:  # the queue takes all or none, so that trying again would not help
+        raise out_of_range("prompt", f"{len(prompts)} of them", f"1 to {LIMITS.served_queue} texts to continue")
     job = await generation.begin(
         worker,
         request,
@@ -149,7 +151,10 @@ async def scores(worker: Worker, model: str, prompts: Sequence[Sequence[int]], t
     out: list[list[TokenLogprob]] = []
     for prompt in prompts:
         work = partial(_judge, prompt=prompt, top=top)
-        out.append(await worker.call(model, work))
+        try:
+            out.append(await worker.call(model, work))
+        except ContextLengthError as error:
+            raise ContextLengthError(error.message, hint=error.hint, field="prompt") from None
     return out
 
 

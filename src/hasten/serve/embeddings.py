@@ -10,7 +10,7 @@ import numpy as np
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse
 
-from hasten.errors import out_of_range
+from hasten.errors import ContextLengthError, out_of_range
 from hasten.serve import generation
 from hasten.serve.access import account
 from hasten.serve.completions import ids, listed, room
@@ -31,7 +31,10 @@ async def embed(body: EmbeddingBody, request: Request) -> JSONResponse:
     made = await worker.prepare(lambda: [ids(llm, text, "input") for text in listed(body.input, "input")])
     own.prompt_tokens = sum(map(len, made))
     work = worker.call(model, lambda loaded: vectors(loaded, made, body))
-    found = await generation.until_gone(request, work)
+    try:
+        found = await generation.until_gone(request, work)
+    except ContextLengthError as error:
+        raise ContextLengthError(error.message, hint=error.hint, field="input") from None
     data = [{"object": "embedding", "index": i, "embedding": _written(v, body)} for i, v in enumerate(found)]
     usage = {"prompt_tokens": own.prompt_tokens, "total_tokens": own.prompt_tokens}
     return JSONResponse({"object": "list", "data": data, "model": body.model, "usage": usage})

@@ -37,7 +37,8 @@ class Lines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """One line, whatever the message, the fields and the exception hold."""
-        fields = {name: _plain(value) for name, value in vars(record).items() if name not in _OWN}
+        given = {name: value for name, value in vars(record).items() if name not in _OWN and name[0] != "_"}
+        fields = {name: _plain(value) for name, value in given.items()}
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
         level, message = record.levelname.lower(), escaped(record.getMessage())
         if record.exc_info and record.exc_info[0] is not None:

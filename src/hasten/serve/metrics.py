@@ -6,6 +6,7 @@ the series of a model looked up before; gauges are read from the worker when som
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
 from starlette.responses import Response
+
+from hasten.errors import IncompatibleError
 
 if TYPE_CHECKING:
     from hasten.llm import LLM
@@ -196,10 +199,9 @@ class _Series:
         self._choices.labels(self._model, output.finish_reason).inc()
         own["completion_tokens_total"].inc(usage.completion_tokens)
         if event.choice == 0:
-            cached = usage.cached_tokens
             own["prompt_tokens_total"].inc(usage.prompt_tokens)
-            own["cached_tokens_total"].inc(cached)
-            own["prefix_hits_total"].inc(cached > 0)
+            own["cached_tokens_total"].inc(usage.cached_tokens)
+            own["prefix_hits_total"].inc(usage.cached_tokens > 0)
         own["request_seconds"].observe(event.time_s)
         own["queue_seconds"].observe(max(0.0, event.time_s - usage.prefill_s - usage.decode_s))
         if text is not None:
@@ -215,16 +217,20 @@ class _Series:
 def _now(llm: LLM) -> dict[str, float]:
     """Gauges of one model."""
     scheduler, pool = llm.engine.scheduler, llm.engine.scheduler.pool
-    grammars = llm.grammar_counts()
+    prefix = llm.engine.prefix
+    compile_s = mask_s = kept_bytes = 0.0
+    with contextlib.suppress(IncompatibleError):  # masked models, and models without an end token
+        spent = llm.grammars.counts()
+        compile_s, mask_s, kept_bytes = spent.compile_s, spent.mask_s, spent.kept_bytes
     return {
         "hasten_rows_running": len(scheduler.running),
         "hasten_requests_waiting": len(scheduler.waiting),
         "hasten_cache_used_bytes": pool.used_bytes,
         "hasten_cache_budget_bytes": pool.budget_bytes,
-        "hasten_prefix_bytes": 0 if llm.engine.prefix is None else llm.engine.prefix.nbytes,
-        "hasten_grammar_compile_seconds_total": getattr(grammars, "compile_s", 0.0),
-        "hasten_grammar_mask_seconds_total": getattr(grammars, "mask_s", 0.0),
-        "hasten_grammar_cache_bytes": getattr(grammars, "kept_bytes", 0),
+        "hasten_prefix_bytes": prefix.nbytes if prefix is not None else 0,
+        "hasten_grammar_compile_seconds_total": compile_s,
+        "hasten_grammar_mask_seconds_total": mask_s,
+        "hasten_grammar_cache_bytes": kept_bytes,
     }
 
 

@@ -23,6 +23,7 @@ from hasten.serve.worker import Worker
 
 if TYPE_CHECKING:
     from hasten.llm import LLM
+    from hasten.serve.replicas.front import Front
 
 
 _FLUSH_S = 5  # after the drain: for clients to take the rest of their answers
@@ -71,7 +72,7 @@ class Server(uvicorn.Server):
     if nobody had caught it. A worker that ends by itself ends the server too.
     """
 
-    def __init__(self, config: uvicorn.Config, worker: Worker, drain_s: float = LIMITS.drain_s) -> None:
+    def __init__(self, config: uvicorn.Config, worker: Worker | Front, drain_s: float = LIMITS.drain_s) -> None:
         super().__init__(config)
         self._worker, self._drain_s, self._told_s = worker, drain_s, 0.0
 
@@ -145,18 +146,7 @@ def run(
     logs.configure(log_level, log_json)
     worker = Worker(sources, settings)
     server = Server(config(build_app(worker, settings), settings), worker)
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((settings.host.strip("[]"), settings.port))
-            listener.listen(LIMITS.connections)
-        except OSError as error:
-            raise ConfigError(
-                f"{settings.host}:{settings.port} cannot be listened on ({error.strerror})",
-                hint="another server may be running; --port chooses another",
-                field="port",
-            ) from None
+    with bound(settings) as listener:
         port = listener.getsockname()[1]
         scheme = "http"
         logs.say(f"hasten serves {', '.join(sources)} on {scheme}://{settings.host}:{port}")
@@ -166,3 +156,21 @@ def run(
     if worker.failure is not None:
         raise worker.failure
     logs.say("stopped")
+
+
+def bound(settings: Settings) -> socket.socket:
+    """A socket that listens at the address of `settings`; raises ConfigError when it is taken."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host.strip("[]"), settings.port))
+        listener.listen(LIMITS.connections)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"{settings.host}:{settings.port} cannot be listened on ({error.strerror})",
+            hint="another server may be running; --port chooses another",
+            field="port",
+        ) from None
+    return listener

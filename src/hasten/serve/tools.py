@@ -117,9 +117,9 @@ def _keys(value: object, path: str, allowed: Sequence[str]) -> Mapping[str, Any]
 
 
 def _tool(value: object, path: str) -> Tool:
+    if isinstance(value, Mapping) and value.get("type") != "function":
+        raise out_of_range(f"{path}.type", value.get("type"), "'function'")
     tool = _keys(value, path, ("type", "function"))
-    if tool.get("type") != "function":
-        raise out_of_range(f"{path}.type", tool.get("type"), "'function'")
     path = f"{path}.function"
     function = _keys(tool.get("function"), path, ("name", "description", "parameters", "strict"))
     name, description = function.get("name"), function.get("description")

@@ -158,8 +158,7 @@ class Worker:
         Raises UnavailableError while the server loads, drains or has stopped.
         """
         if self.state != "ready":
-            why = {"loading": "is loading its models", "draining": "is shutting down"}.get(self.state, "has stopped")
-            raise UnavailableError(f"the server {why}", hint="try again later")
+            raise self._unavailable()
         return self._seats[model].llm
 
     async def prepare(self, function: Callable[..., Any], *given: Any) -> Any:
@@ -224,7 +223,11 @@ class Worker:
         with self._leaving:
             self._take(wait=False)
             for seat in self._seats.values():
-                self._fail(seat, UnavailableError("the server has stopped", hint="try again later"))
+                self._fail(seat, self._unavailable())
+
+    def _unavailable(self) -> UnavailableError:
+        why = {"loading": "is loading its models", "draining": "is shutting down"}.get(self.state, "has stopped")
+        return UnavailableError(f"the server {why}", hint="try again later")
 
     # --- in the engine's thread ---
 
@@ -232,11 +235,11 @@ class Worker:
         try:
             for name, source in self._sources.items():
                 started = time.perf_counter()
-                seat = _Seat(source() if callable(source) else source)
-                seat.llm.engine.scheduler.max_queue = LIMITS.served_queue
-                with contextlib.suppress(IncompatibleError):  # the vocabulary of grammars, so that no request waits for it
-                    _ = seat.llm.grammars
-                self._seats[name] = seat
+                llm = source() if callable(source) else source
+                llm.engine.scheduler.max_queue = LIMITS.served_queue
+                with contextlib.suppress(IncompatibleError):  # masked models, and models without an end token
+                    llm.grammars  # noqa: B018 - read the vocabulary now, so that no request waits for it
+                self._seats[name] = _Seat(llm)
                 _LOG.info("model loaded", extra={"model": name, "seconds": round(time.perf_counter() - started, 2)})
             self._begun.set()
             if self.state == "loading":
@@ -324,6 +327,8 @@ class Worker:
         engine = seat.llm.engine
         ids: list[int] = []
         try:
+            if self.state == "stopped":
+                raise self._unavailable()
             answer.waiting = len(engine.scheduler.waiting)
             for request, parts in jobs:
                 ids.append(engine.add(request, parts, deadline_s))
@@ -357,6 +362,8 @@ class Worker:
             return
         seat = self._seats[model]
         try:
+            if self.state == "stopped":
+                raise self._unavailable()
             result = function(seat.llm)
         except Exception as error:  # noqa: BLE001 - goes to who asked
             self._settle(future, error)

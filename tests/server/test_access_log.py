@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from chat_model import write_model
-from served import KEY, chat, serving, until
+from live import KEY, chat, serving, until
 
 import hasten
 from hasten.errors import ConfigError
@@ -79,7 +79,7 @@ def test_an_exception_is_told_by_type_and_place_and_its_words_only_at_debug():
     made = record("trouble", KeyError("the user's secret"))
     assert "secret" not in Lines(False).format(made)
     assert "secret" not in Lines(True).format(made)
-    assert "KeyError at test_logs.py:" in Lines(False).format(made)
+    assert "KeyError at test_access_log.py:" in Lines(False).format(made)
     assert "secret" in Lines(False, messages=True).format(made)
 
 
@@ -126,9 +126,9 @@ def test_a_stream_is_one_line_at_its_end(server, caplog):
 
 def test_a_client_that_leaves_is_told_apart(server, caplog):
     caplog.set_level(logging.INFO, "hasten")
-    with server.client(KEY) as client:
-        with client.stream("POST", "/v1/chat/completions", json=chat(max_tokens=400, stream=True)) as stream:
-            next(stream.iter_lines())
+    body = chat(max_tokens=400, stream=True)
+    with server.client(KEY) as client, client.stream("POST", "/v1/chat/completions", json=body) as stream:
+        next(stream.iter_lines())
     [entry] = entries(caplog)
     assert entry["gone"] is True
     assert "finish" not in entry

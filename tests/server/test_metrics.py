@@ -7,9 +7,9 @@ import time
 import prometheus_client
 import pytest
 from chat_model import write_model
+from live import KEY, chat, serving, until
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_open
 from prometheus_client.parser import text_string_to_metric_families as parse
-from served import KEY, chat, serving, until
 
 import hasten
 from hasten.serve.app import build_app
@@ -177,7 +177,7 @@ def test_a_canvas_is_counted_too(server):
 def test_requests_are_counted_by_route_and_status_and_never_by_what_callers_invent(server):
     with server.client() as client:
         before = read(client)
-        for path in ("/nope", "/v1/models/nope", "/v1/models/tiny", "/v1/chat/completions/../secret", "/%0a"):
+        for path in ("/nope", "/v1/models/nope", "/v1/models/tiny", "/v1/chat/completions/../secret", "/%0ax"):
             client.get(path)
         client.post("/v1/chat/completions", json=chat(n=99))
         client.post("/v1/chat/completions", content=b"{")
