@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from hasten.engine.limits import LIMITS
 from hasten.serve.errors import describe
 
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.dumps would make one for every event
 _LINE_ENDS = ("\x85", "\u2028", "\u2029")  # those that JSON does not escape by itself
 _LOG = logging.getLogger("hasten.serve")
 _HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -36,7 +38,7 @@ class EventStream(Response):
     ) -> None:
         super().__init__(None, 200, {**_HEADERS, **(headers or {})})
         del self.headers["content-length"]
-        self._chunks, self._close, self._ping_s = chunks, close, ping_s
+        self._chunks, self._close, self._ping_s, self._sent = chunks, close, ping_s, 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI entry."""
@@ -53,34 +55,35 @@ class EventStream(Response):
 
     async def _send(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        waiting: asyncio.Future[Mapping[str, Any] | None] | None = None
+        pings = asyncio.ensure_future(self._ping(send))
+        more = True
         try:
-            while True:
-                waiting = waiting or asyncio.ensure_future(_next(self._chunks))
-                done, _ = await asyncio.wait({waiting}, timeout=self._ping_s)
-                more, data = True, b": ping\n\n"
-                if done:
-                    finished, waiting = waiting, None
-                    try:
-                        chunk = finished.result()
-                        more, data = chunk is not None, b"data: [DONE]\n\n" if chunk is None else _event(chunk)
-                    except Exception as error:  # noqa: BLE001 - whatever ends a stream is told in it
-                        body = describe(error)[1]
-                        scope["hasten.error"] = body["error"]["code"]
-                        more, data = False, _event(body)
-                await send({"type": "http.response.body", "body": data, "more_body": more})
+            while more:
+                try:
+                    chunk = await anext(self._chunks, None)
+                    more, data = chunk is not None, b"data: [DONE]\n\n" if chunk is None else _event(chunk)
+                except Exception as error:  # noqa: BLE001 - whatever ends a stream is told in it
+                    body = describe(error)[1]
+                    scope["hasten.error"] = body["error"]["code"]
+                    more, data = False, _event(body)
                 if not more:
-                    return
+                    pings.cancel()  # nothing may follow the end
+                self._sent = time.monotonic()
+                await send({"type": "http.response.body", "body": data, "more_body": more})
         finally:
-            if waiting is not None:
-                waiting.cancel()
+            pings.cancel()
 
-
-async def _next(chunks: AsyncIterator[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    try:
-        return await anext(chunks)
-    except StopAsyncIteration:
-        return None
+    async def _ping(self, send: Send) -> None:
+        """Break silences. A task of its own: a timeout around every event would cost more than the event."""
+        self._sent = time.monotonic()
+        while True:
+            left = self._sent + self._ping_s - time.monotonic()
+            if left > 0:
+                await asyncio.sleep(left)
+            else:
+                self._sent = time.monotonic()
+                with contextlib.suppress(OSError):
+                    await send({"type": "http.response.body", "body": b": ping\n\n", "more_body": True})
 
 
 async def _gone(receive: Receive) -> None:
@@ -90,7 +93,7 @@ async def _gone(receive: Receive) -> None:
 
 def _event(value: Mapping[str, Any]) -> bytes:
     """One event. JSON in it is on one line for every client: some end lines where Unicode does, not only at \\n."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    text = _JSON.encode(value)
     for character in _LINE_ENDS:
         text = text.replace(character, f"\\u{ord(character):04x}")
     return b"data: " + text.encode("utf-8", "replace") + b"\n\n"
