@@ -169,7 +169,12 @@ def speed(llm: hasten.LLM, prompts: list[list[int]], grammars: list[Grammar], me
         free = llm.generate(ids, method="plain", max_tokens=max(length, 8), ignore_eos=True)
         rates["without"].append(free.usage.tokens_per_s)
     table = {
-        method: {"median": round(statistics.median(got), 1), "min": round(min(got), 1), "max": round(max(got), 1), "n": len(got)}
+        method: {
+            "median": round(statistics.median(got), 1),
+            "min": round(min(got), 1),
+            "max": round(max(got), 1),
+            "n": len(got),
+        }
         for method, got in rates.items()
         if got
     }

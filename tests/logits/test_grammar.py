@@ -137,7 +137,9 @@ def test_drafts_change_no_token(llm, form, temperature):
     sampling = SamplingParams(max_tokens=48, temperature=temperature, seed=7)
     plain = outputs(llm, form, PLAIN, sampling)
     alone = [
-        llm.engine.run([(Request((i + 3, i + 9), sampling), replace(PLAIN, rules=(llm.compile(FORMS[form]),)))])[0][0].tokens
+        llm.engine.run([(Request((i + 3, i + 9), sampling), replace(PLAIN, rules=(llm.compile(FORMS[form]),)))])[0][
+            0
+        ].tokens
         for i in range(3)
     ]
     assert alone == plain
@@ -149,7 +151,9 @@ def test_drafts_change_no_token(llm, form, temperature):
         drafters.Oracle(texts, vocab, skill=0.6, wide=True),
         drafters.Oracle(texts, vocab, skill=0.0),
     ):
-        found = outputs(llm, form, Parts(drafter=drafter, budget=7, law="greedy" if temperature == 0 else "match"), sampling)
+        found = outputs(
+            llm, form, Parts(drafter=drafter, budget=7, law="greedy" if temperature == 0 else "match"), sampling
+        )
         assert found == plain, drafter.name
 
 
