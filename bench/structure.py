@@ -42,7 +42,8 @@ def random_schema(r: random.Random, depth: int = 3) -> dict[str, Any]:
         return {"type": "integer", "minimum": low, "maximum": low + r.choice([5, 99, 1000])}
     if kind == "number":
         bounds = {"minimum": 0, "maximum": r.choice([1, 100, 2.5])}
-        return {"type": "number", **r.choice([bounds, {**bounds, "multipleOf": 0.5}, {"exclusiveMinimum": 0, "maximum": 10}])}
+        others = [{**bounds, "multipleOf": 0.5}, {"exclusiveMinimum": 0, "maximum": 10}]
+        return {"type": "number", **r.choice([bounds, *others])}
     if kind == "boolean":
         return {"type": "boolean"}
     if kind == "enum":
@@ -50,12 +51,14 @@ def random_schema(r: random.Random, depth: int = 3) -> dict[str, Any]:
     if kind == "const":
         return {"const": r.choice(["v1", 7, False, None, ["a", 1], {"x": 1}])}
     if kind == "pattern":
-        return {"type": "string", "pattern": r.choice(["^[A-Z]{2,3}-[0-9]{3}$", "^(yes|no)$", "^#[0-9a-f]{6}$", "^[a-z]{3,9}$"])}
+        patterns = ["^[A-Z]{2,3}-[0-9]{3}$", "^(yes|no)$", "^#[0-9a-f]{6}$", "^[a-z]{3,9}$"]
+        return {"type": "string", "pattern": r.choice(patterns)}
     if kind == "format":
         return {"type": "string", "format": r.choice(["date", "time", "date-time", "ipv4", "uuid", "hostname"])}
     if kind == "array":
         low = r.choice([0, 1, 2])
-        return {"type": "array", "items": random_schema(r, depth - 1), "minItems": low, "maxItems": low + r.choice([0, 1, 3])}
+        most = low + r.choice([0, 1, 3])
+        return {"type": "array", "items": random_schema(r, depth - 1), "minItems": low, "maxItems": most}
     if kind == "anyOf":
         return {"anyOf": [random_schema(r, depth - 1) for _ in range(r.randint(2, 3))]}
     if kind == "null?":
@@ -166,7 +169,12 @@ def speed(llm: hasten.LLM, prompts: list[list[int]], grammars: list[Grammar], me
         free = llm.generate(ids, method="plain", max_tokens=max(length, 8), ignore_eos=True)
         rates["without"].append(free.usage.tokens_per_s)
     table = {
-        method: {"median": round(statistics.median(got), 1), "min": round(min(got), 1), "max": round(max(got), 1), "n": len(got)}
+        method: {
+            "median": round(statistics.median(got), 1),
+            "min": round(min(got), 1),
+            "max": round(max(got), 1),
+            "n": len(got),
+        }
         for method, got in rates.items()
         if got
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -21,6 +22,7 @@ CARD = re.compile(r"<!-- card -->.*?<!-- /card -->", re.DOTALL)
 BENCH = re.compile(r"<!-- bench:plain -->.*?<!-- /bench:plain -->", re.DOTALL)
 KERNELS = re.compile(r"<!-- bench:kernels -->.*?<!-- /bench:kernels -->", re.DOTALL)
 CURVES = re.compile(r"<!-- bench:curves -->.*?<!-- /bench:curves -->", re.DOTALL)
+KEYWORDS = re.compile(r"<!-- keywords -->.*?<!-- /keywords -->", re.DOTALL)
 MINIS = re.compile(r"<!-- minis -->.*?<!-- /minis -->", re.DOTALL)
 CANVAS = re.compile(r"<!-- bench:canvas -->.*?<!-- /bench:canvas -->", re.DOTALL)
 SPEC = re.compile(r"<!-- bench:spec -->.*?<!-- /bench:spec -->", re.DOTALL)
@@ -396,6 +398,21 @@ def minis() -> str:
     return "\n\n".join(["<!-- minis -->", *parts, "<!-- /minis -->"])
 
 
+def keywords() -> str:
+    """The tables of JSON-schema keywords in docs/methods/grammar.md."""
+    from hasten.logits._keywords import ANNOTATIONS, ENFORCED, REFUSED
+
+    def rows(of: Mapping[str, str]) -> list[tuple[str, ...]]:
+        return [(f"`{word}`", text) for word, text in of.items()]
+
+    parts = [
+        table(("enforced", "how far"), rows(ENFORCED)),
+        table(("annotation, without effect", ""), rows(ANNOTATIONS)),
+        table(("refused", "instead"), rows(REFUSED)),
+    ]
+    return "<!-- keywords -->\n" + "\n\n".join(parts) + "\n<!-- /keywords -->"
+
+
 def pages() -> dict[Path, str]:
     """Path -> text of every page, or part of a page, that is made from the code."""
     from hasten.registry import modules
@@ -420,6 +437,8 @@ def pages() -> dict[Path, str]:
         text = path.read_text(encoding="utf-8") if path.is_file() else f"# {slug}\n\n<!-- card --><!-- /card -->\n"
         block = card(slug)
         made[path] = CARD.sub(lambda match, block=block: block, text)
+    path, words = DOCS / "methods" / "grammar.md", keywords()
+    made[path] = KEYWORDS.sub(lambda match: words, made[path])
     path, cards = DOCS / "mini.md", minis()
     made[path] = MINIS.sub(lambda match: cards, path.read_text(encoding="utf-8"))
     path, filled = DOCS / "diffusion.md", canvases()

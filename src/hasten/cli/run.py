@@ -10,6 +10,7 @@ import typer
 
 from hasten.cli._batch import Batch, Out, RayAddress, Retry, UseRay, Workers, answer_batch
 from hasten.cli._canvas import watch_canvas
+from hasten.cli._grammar import Choice, Lark, Regex, Schema, form
 from hasten.cli._shared import (
     Activations,
     Backbone,
@@ -58,6 +59,10 @@ def run(
     state: Annotated[
         Path | None, typer.Option(help="File with what drafters have learnt: read if it is there, written at the end.")
     ] = None,
+    schema: Schema = None,
+    regex: Regex = None,
+    choice: Choice = None,
+    grammar: Lark = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="Show the canvas as it fills: final, provisional and masked places.")
     ] = False,
@@ -93,6 +98,9 @@ def run(
     )  # fmt: skip
     if watch and (json or fill):
         raise ConfigError("--watch shows text as it is made; leave out --json and --fill", field="watch")
+    asked = form(schema, regex, choice, grammar)
+    if asked is not None and fill:
+        raise ConfigError("--fill has no grammar; its text around the slots is its form", field="fill")
     chosen = method or ["auto"]
     check_methods(chosen)
     if prompt is None:
@@ -119,6 +127,7 @@ def run(
         if stats:
             print(stats_line(filled), file=sys.stderr)
         return
+    fields["grammar"] = asked
     if not raw and llm.tokenizer is not None and llm.tokenizer.chat_template is not None:
         events = llm.chat_stream([{"role": "user", "content": text}], method=chosen, **fields)
     else:

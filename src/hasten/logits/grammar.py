@@ -247,6 +247,7 @@ class Walker:
             raise RuleError(f"the grammar became too complex on the way ({reason})", hint="simplify it", field="grammar")
 
     def allows(self, state: State, token: int) -> bool:
+        """Whether `token` may follow `state`."""
         started_s = time.perf_counter()
         alive = self._move(state)
         if token in self.trie.end_ids:
@@ -295,6 +296,7 @@ class Walker:
         return packed, complete
 
     def forced(self, state: State) -> tuple[int, ...]:
+        """The tokens that must follow `state`, as far as they are looked at; () when there is a choice."""
         started_s = time.perf_counter()
         try:
             tokens = self._matcher.compute_ff_tokens() if self._move(state) else []
