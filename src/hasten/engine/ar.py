@@ -168,7 +168,8 @@ class AutoregressiveLoop:
             if forced:
                 chain = tuple(forced[: max(0, min(row.remaining - 1, LIMITS.draft_nodes))])
                 turn.draft = Draft(chain, tuple(range(-1, len(chain) - 1)))
-            elif row.drafter is not None and row.remaining > 1:
+            elif row.drafter is not None and row.remaining > 1 and not (row.measured and turn.count > 1):
+                # beside a prompt a measured row's drafts would be guesses about an answer that has not begun
                 asked.setdefault(id(row.drafter), (row.drafter, []))[1].append(turn)
         for drafter, waiting in asked.values():
             self._ask(drafter, waiting, len(turns))

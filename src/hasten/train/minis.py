@@ -39,7 +39,7 @@ class Mini:
 
 MINIS = {
     "mini-dlm": Mini("masked diffusion, every token sees every other (LLaDA's layout)", Shape(), 4200, 5e-3, matching=True),
-    "mini-ar": Mini("left to right (Llama's layout)", Shape(kind="causal"), 700, 5e-3),
+    "mini-ar": Mini("left to right (Llama's layout)", Shape(kind="causal"), 2400, 5e-3),
     "mini-bdlm": Mini("masked diffusion in blocks of 8 (SDAR's layout)", Shape(kind="block"), 450, 3e-3, "mini-dlm"),
 }
 
