@@ -16,13 +16,14 @@ from hasten.engine.limits import LIMITS
 from hasten.errors import ConfigError, HastenError, MissingExtraError, out_of_range
 from hasten.scoring import bound, finish, judge
 
+_MISSING = ""
 try:
     from lm_eval import simple_evaluate
     from lm_eval.api.model import TemplateLM
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-except ImportError as error:
-    raise MissingExtraError(f"lm-eval is not installed ({error})", hint="pip install 'hasten[eval]'") from None
+except ImportError as error:  # said when it is needed: the module itself loads without its extra
+    TemplateLM, _MISSING = object, str(error)
 
 if TYPE_CHECKING:
     from hasten.llm import LLM
@@ -47,6 +48,7 @@ class Harness(TemplateLM):  # type: ignore[misc]
         seed: int = 0,
         progress: Progress | None = None,
     ) -> None:
+        _installed()
         super().__init__()
         if samples < 1:
             raise out_of_range("samples", samples, "at least 1")
@@ -243,8 +245,14 @@ def evaluate(harness: Harness, tasks: Sequence[str], **options: Any) -> dict[str
     }
 
 
+def _installed() -> None:
+    if _MISSING:
+        raise MissingExtraError(f"lm-eval is not installed ({_MISSING})", hint="pip install 'hasten[eval]'")
+
+
 def tasks(include_path: Path | None = None) -> list[str]:
     """Names of all tasks and groups, those of a folder of one's own included."""
+    _installed()
     known = TaskManager(include_path=None if include_path is None else str(include_path))
     return sorted(known.all_tasks)
 
