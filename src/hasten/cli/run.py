@@ -127,7 +127,8 @@ def run(
         if stats:
             print(stats_line(filled), file=sys.stderr)
         return
-    fields["grammar"] = asked
+    if asked is not None:
+        fields["grammar"] = asked
     if not raw and llm.tokenizer is not None and llm.tokenizer.chat_template is not None:
         events = llm.chat_stream([{"role": "user", "content": text}], method=chosen, **fields)
     else:
