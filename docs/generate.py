@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -402,15 +401,10 @@ def keywords() -> str:
     """The tables of JSON-schema keywords in docs/methods/grammar.md."""
     from hasten.logits._keywords import ANNOTATIONS, ENFORCED, REFUSED
 
-    def rows(of: Mapping[str, str]) -> list[tuple[str, ...]]:
-        return [(f"`{word}`", text) for word, text in of.items()]
-
-    parts = [
-        table(("enforced", "how far"), rows(ENFORCED)),
-        table(("annotation, without effect", ""), rows(ANNOTATIONS)),
-        table(("refused", "instead"), rows(REFUSED)),
-    ]
-    return "<!-- keywords -->\n" + "\n\n".join(parts) + "\n<!-- /keywords -->"
+    fates = (("enforced", ENFORCED), ("no effect", ANNOTATIONS), ("refused", REFUSED))
+    rows: list[tuple[str, ...]] = [(f"`{word}`", fate, text) for fate, of in fates for word, text in of.items()]
+    listed = table(("keyword", "fate", "how far it is enforced, or what to use instead"), rows)
+    return f"<!-- keywords -->\n{listed}\n<!-- /keywords -->"
 
 
 def pages() -> dict[Path, str]:

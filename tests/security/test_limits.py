@@ -95,7 +95,10 @@ def drip(server, data: bytes, gap: float, most: float, before: bytes = b"") -> f
     with server.connect() as link:
         if before:
             link.sendall(before)
-            assert b"200 OK" in link.recv(65536)
+            answer = b""
+            while b"}" not in answer:
+                answer += link.recv(65536)
+            assert b"200 OK" in answer
         start = time.monotonic()
         link.settimeout(gap)
         for i in range(len(data)):
@@ -129,7 +132,10 @@ def test_a_quick_client_may_ask_again_and_again(server, hurried):
             link.sendall(first[:cut])
             time.sleep(0.08)
             link.sendall(first[cut:])
-            assert b"200 OK" in link.recv(65536)
+            answer = b""
+            while b"}" not in answer:
+                answer += link.recv(65536)
+            assert b"200 OK" in answer
 
 
 def test_a_slow_body_is_cut_off(monkeypatch, tiny):

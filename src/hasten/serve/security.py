@@ -18,6 +18,7 @@ from hasten.serve import errors
 from hasten.serve.settings import Settings
 
 OPEN = frozenset(("/health",))  # routes without a key
+_DISCARDED = 4  # times limits.body_bytes of a body too large that are read and thrown away before it is refused
 _METHODS = frozenset(("GET", "HEAD", "POST"))
 
 
@@ -96,6 +97,18 @@ class Gate:
         found = [hmac.compare_digest(digest, key) for key in self._keys]  # all of them, whichever it is
         return hashlib.sha256(b"tenant" + digest).hexdigest()[:32] if any(found) else None
 
+    async def _discard(self, receive: Receive) -> None:
+        """Read on for a moment, and keep nothing: a client that still sends would see a reset instead of the answer."""
+        left, end = _DISCARDED * LIMITS.body_bytes, time.monotonic() + 1.0
+        while left > 0:
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, end - time.monotonic()))
+            except asyncio.TimeoutError:
+                return
+            left -= len(message.get("body", b""))
+            if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                return
+
     async def _whole(self, scope: Scope, receive: Receive) -> Receive:
         """Read the body within its bounds of size and time; a receive that gives it, and then what comes after it."""
         if scope["method"] != "POST":
@@ -104,6 +117,7 @@ class Gate:
             if name.lower() == b"content-length" and (
                 not value.isdigit() or len(value) > 15 or int(value) > LIMITS.body_bytes
             ):
+                await self._discard(receive)
                 raise _too_large()
         body, more, end = bytearray(), True, time.monotonic() + self._seconds
         while more:
@@ -115,6 +129,8 @@ class Gate:
                 return _replay([message], receive)
             body += message.get("body", b"")
             if len(body) > LIMITS.body_bytes:
+                if message.get("more_body", False):
+                    await self._discard(receive)
                 raise _too_large()
             more = message.get("more_body", False)
         return _replay([{"type": "http.request", "body": bytes(body), "more_body": False}], receive)
