@@ -109,7 +109,8 @@ def model(name: str, schemas: list[dict[str, Any]], methods: list[str], max_toke
             return list(llm.encode(text + "\n"))
         return list(llm.chat_ids([{"role": "user", "content": text + " Answer with the JSON only."}]))
 
-    prompts = [prompt(schema) for schema in schemas]
+    room = llm.model.capabilities.max_len - max_tokens  # a small window holds the end of a long schema
+    prompts = [prompt(schema)[-room:] for schema in schemas]
     answers: dict[str, list[Any]] = {}
     out: dict[str, Any] = {"schemas": len(schemas), "max_tokens": max_tokens, "methods": {}}
     for method in ["without", *methods]:

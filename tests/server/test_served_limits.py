@@ -241,24 +241,14 @@ ELSEWHERE = {
     "template_s": "security/test_templates.py::",
     "rows": "server/test_served_limits.py::test_the_queue_is_bounded_and_says_when_to_come_back",
     "prefix_share": "engine/test_prefix.py::",
+    **dict.fromkeys(
+        ("grammar_bytes", "grammar_depth", "grammar_symbols", "enum_values", "regex_size", "schema_properties"),
+        "logits/test_grammar_limits.py::test_the_limit_is_allowed_and_one_more_is_not",
+    ),
+    "compile_s": "logits/test_grammar_limits.py::test_a_grammar_that_takes_too_long_to_compile_is_refused",
+    "mask_s": "logits/test_grammar_limits.py::test_slow_masks_end_their_request_and_no_other",
+    "grammar_cache_bytes": "logits/test_grammar.py::test_equal_grammars_are_compiled_once_and_kept_within_bounds",
 }
-GRAMMARS = {
-    "grammar_bytes", "grammar_depth", "grammar_symbols", "enum_values", "compile_s", "mask_s", "grammar_cache_bytes",
-    "regex_size", "schema_properties",
-}  # fmt: skip
-HERE = {
-    "body_s": "security/test_limits.py::test_a_slow_body_is_cut_off",
-    "error_bytes": "security/test_error_bodies.py::test_vllm_49239_ten_thousand_bad_items_give_a_small_answer",
-    "drain_s": "server/test_operations.py::test_when_the_time_is_up_the_rest_is_given_up",
-    "template_chars": "security/test_templates.py::",
-    "template_s": "security/test_templates.py::",
-    "rows": "server/test_served_limits.py::test_the_queue_is_bounded_and_says_when_to_come_back",
-    "prefix_share": "engine/test_prefix.py::",
-    "grammar_bytes": "logits/test_grammar_limits.py::", "grammar_depth": "logits/test_grammar_limits.py::",
-    "grammar_symbols": "logits/test_grammar_limits.py::", "enum_values": "logits/test_grammar_limits.py::",
-    "compile_s": "logits/test_grammar_limits.py::", "mask_s": "logits/test_grammar_limits.py::",
-    "grammar_cache_bytes": "logits/test_grammar_limits.py::",
-}  # fmt: skip
 HERE = {
     "messages", "n", "served_tokens", "stop_strings", "stop_chars", "logprobs", "logit_bias", "tools", "served_inputs",
     "served_queue", "canvas_steps", "http_header_bytes", "http_headers", "body_bytes", "key_chars", "deadline_s", "ping_s",
@@ -276,7 +266,7 @@ def test_every_bound_of_the_server_has_its_test():
     below = {"prompt_chars", "max_tokens", "queue", "canvas", "prefill_chunk", "step_tokens", "draft_budget", "draft_nodes",
              "cache_share"}  # fmt: skip
     files = {"header_bytes", "tensors", "tensor_dims", "string_bytes", "array_items", "config_bytes"}
-    assert {field.name for field in dataclasses.fields(Limits)} == {*HERE, *ELSEWHERE, *GRAMMARS, *below, *files}
+    assert {field.name for field in dataclasses.fields(Limits)} == {*HERE, *ELSEWHERE, *below, *files}
 
 
 def test_doctor_prints_every_bound_and_the_page_lists_it():

@@ -19,16 +19,17 @@ Lark = Annotated[Path | None, typer.Option("--grammar", help="The answer is a se
 def form(schema: str | None, regex: str | None, choice: list[str] | None, lark: Path | None) -> Grammar | None:
     """The one form that was asked for; raises ConfigError for two, and for files that cannot be read."""
     given = {"schema": schema, "regex": regex, "choice": choice, "grammar": lark}
-    names = [name for name, value in given.items() if value]
+    names = [name for name, value in given.items() if value is not None and value != []]
     if len(names) > 1:
         raise ConfigError(f"--{names[0]} and --{names[1]} both say what the answer looks like", field=names[1])
-    if schema:
-        return Grammar.json_schema(schema if schema.lstrip()[:1] in ("{", "t", "f") else _read(Path(schema), "schema"))
-    if regex:
+    if schema is not None:
+        inline = schema.lstrip().startswith("{") or schema.strip() in ("true", "false")
+        return Grammar.json_schema(schema if inline else _read(Path(schema), "schema"))
+    if regex is not None:
         return Grammar.regex(regex)
     if choice:
         return Grammar.choice(choice)
-    return Grammar.lark(_read(lark, "grammar")) if lark else None
+    return Grammar.lark(_read(lark, "grammar")) if lark is not None else None
 
 
 def _read(path: Path, field: str) -> str:

@@ -20,6 +20,7 @@ from hasten.types import Grammar
 
 _PARSER = LLParserLimits(
     max_grammar_size=LIMITS.grammar_symbols,
+    max_items_in_row=10_000,  # four for every optional property of an object
     max_lexer_states=20_000,  # about 2 KB each, and every row has its own
     verbose_errors=False,
 )
@@ -110,7 +111,8 @@ def _choices(source: str) -> str:
         raise ConfigError(f"choice has {len(choices)} entries; at most {LIMITS.enum_values}", field="grammar")
     if any(0xD800 <= ord(c) < 0xE000 for one in choices for c in one):
         raise ConfigError("choice holds half of a surrogate pair, which no text can express", field="grammar")
-    return "start: " + " | ".join(json.dumps(one, ensure_ascii=False) for one in dict.fromkeys(choices))
+    # one terminal, not a rule: a parser would keep an item for every choice
+    return "start: CHOICE\nCHOICE: " + " | ".join(json.dumps(one, ensure_ascii=False) for one in dict.fromkeys(choices))
 
 
 def build(trie: Trie, description: str) -> LLMatcher:

@@ -128,8 +128,9 @@ def deepest(graph: Mapping[str, tuple[int, Sequence[str]]]) -> int:
             if work:
                 low[work[-1][0]] = min(low[work[-1][0]], low[name])
             if low[name] == order[name]:  # the last of its cycle: what it and its like gather
-                members = stack[stack.index(name) :]
-                del stack[stack.index(name) :]
+                members: list[str] = []
+                while not members or members[-1] != name:
+                    members.append(stack.pop())
                 after = [depth[o] for m in members for o in graph[m][1] if o in depth]
                 total = sum(graph[m][0] for m in members) + max(after, default=0)
                 depth.update(dict.fromkeys(members, total))
@@ -156,7 +157,7 @@ class _Walk:
             self.places[place.pointer] = place
             if len(self.places) + self.values > LIMITS.grammar_symbols:
                 raise _error(place.path, f"is one schema too many; at most {LIMITS.grammar_symbols}")
-            if place.depth > LIMITS.grammar_depth:
+            if place.depth >= LIMITS.grammar_depth:
                 raise _error(place.path, f"is nested too deeply; at most {LIMITS.grammar_depth} schemas")
             if isinstance(place.value, bool):
                 place.out = place.value

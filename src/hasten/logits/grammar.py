@@ -30,6 +30,7 @@ _FORCED = 64  # tokens that one draft takes from what must follow
 _MASKS = 64  # states of a row whose masks are kept
 _NODES = 1024  # states of a row that are found again by their parent and token
 _SLOW = 3  # masks of a row that may take longer than limits.mask_s
+_TRIED = 3  # tokens tried when a grammar is compiled: what is too complex shows where an object begins
 _ENTRIES = 1024  # compiled grammars that are kept
 _WEIGHT = 500  # bytes that a compiled grammar takes per byte of its description, at most (measured on large schemas)
 
@@ -160,12 +161,24 @@ class Rule:
         self._matcher = matcher
 
     def check(self) -> None:
-        """Raise ConfigError unless some text satisfies the grammar, as far as its first token tells."""
+        """Raise ConfigError unless some text satisfies the grammar, as far as its first tokens tell."""
         walker = Walker(self.trie, self._matcher.deep_copy(), Spent())
         try:
             allowed = walker.mask(walker.root)
+            if not allowed.any():
+                raise ConfigError("no text satisfies the grammar", field="grammar")
+            state, bits = walker.root, allowed
+            for _ in range(_TRIED):
+                inner = [int(token) for token in np.flatnonzero(bits)[:8] if token not in self.trie.end_ids]
+                if not inner:
+                    break
+                state = walker.after(state, inner[0])
+                bits = walker.mask(state)
         except RuleError as error:
-            raise ConfigError(f"no text satisfies the grammar: {error.message}", field="grammar") from None
+            message = (
+                "the grammar leads to where no token of this model fits" if "forbids" in error.message else error.message
+            )
+            raise ConfigError(message, hint=error.hint, field="grammar") from None
         if self.trie.spaced and bool((allowed & self.trie.begins_spaced).any()):
             raise ConfigError(
                 "the grammar lets an answer begin with a space, which this model's tokenizer cannot show", field="grammar"
@@ -244,6 +257,10 @@ class Walker:
         """Raise RuleError when the matcher has broken down; its limits on time and memory do that."""
         if self._matcher.is_error():
             reason = " ".join(self._matcher.get_error().replace("<non-verbose/>", "").split())[:200]
+            if reason.startswith("NoExtension"):
+                raise RuleError(
+                    "the grammar lets nothing follow: no text satisfies it", hint="check what it refers to", field="grammar"
+                )
             raise RuleError(f"the grammar became too complex on the way ({reason})", hint="simplify it", field="grammar")
 
     def allows(self, state: State, token: int) -> bool:
@@ -280,7 +297,7 @@ class Walker:
         if state.token in self.trie.end_ids:
             return bytes((self.trie.vocab_size + 7) // 8), True
         if not self._move(state):
-            raise RuleError("a token stands in the answer that the grammar forbids", field="grammar")
+            raise RuleError("the grammar forbids a token of the answer", field="grammar")
         complete = self._matcher.is_accepting()
         packed = self._matcher.compute_bitmask()
         self._fail()
