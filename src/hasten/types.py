@@ -304,7 +304,8 @@ class Event:
         propose: a provisional canvas token (`position`, `token`, `confidence`); may still change.
         commit: a final token (`position`, `token`, `confidence` = its probability, `text` = new whole characters).
         block: a canvas block was planned (`position` = start, `total` = end).
-        stop: the choice ended (`output`). error: it failed (`text` = message).
+        stop: the choice ended (`output`). error: it failed (`text` = message, `code` = why: its "deadline" passed, its
+        "rule" let nothing follow, or the "engine" could not go on).
     `step` is the engine step, `time_s` seconds since the request was added, `position` absolute (0 = first prompt token).
     """
 
@@ -324,6 +325,7 @@ class Event:
     logprob: TokenLogprob | None = None
     output: Output | None = None
     cached_tokens: int = 0
+    code: str = ""
 
 
 def commit_log(events: Iterable[Event]) -> Mapping[int, list[tuple[int, int, int, float]]]:

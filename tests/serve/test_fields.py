@@ -93,9 +93,9 @@ MESSAGES: dict[str, tuple[Any, Any, str]] = {
     "function_call": (NONE, {"name": "look", "arguments": "{}"}, "messages[1].function_call"),
 }
 PARTS: dict[str, tuple[Any, Any, str]] = {
-    "type": ("text", "image_url", "type"),
+    "type": ("text", "image", "type"),
     "text": ("words", 7, "text"),
-    "image_url": (NONE, {"url": "data:image/png;base64,AAAA"}, "image_url"),
+    "image_url": (NONE, {"url": "data:image/png;base64,AAAA"}, "image_url.url"),
     "input_audio": (NONE, {"data": "AAAA", "format": "wav"}, "input_audio"),
     "file": (NONE, {"file_id": "1"}, "file"),
     "prompt_cache_breakpoint": (NONE, {"mode": "explicit"}, "prompt_cache_breakpoint"),

@@ -121,6 +121,31 @@ def test_a_call_has_arguments_of_the_schema(server: Served, choice: Any) -> None
     assert "".join(part.arguments_delta for part in parts) == call.function.arguments
 
 
+def test_tools_beside_a_form_give_calls_or_json(server: Served) -> None:
+    client = server.openai()
+    schema = {"type": "object", "properties": {"degrees": {"type": "integer"}}, "required": ["degrees"], "additionalProperties": False}  # fmt: skip
+    form = {"type": "json_schema", "json_schema": {"name": "told", "schema": schema}}
+    free = client.chat.completions.create(**WEATHER, tools=TOOLS, response_format=form)
+    message = free.choices[0].message
+    if message.tool_calls:
+        assert free.choices[0].finish_reason == "tool_calls"
+        assert not message.content
+    elif free.choices[0].finish_reason == "stop":
+        jsonschema.validate(json.loads(message.content or ""), schema)
+    told = client.chat.completions.create(**WEATHER, tools=TOOLS, response_format=form, tool_choice="none")
+    jsonschema.validate(json.loads(told.choices[0].message.content or ""), schema)
+    called = client.chat.completions.create(
+        **WEATHER, tools=TOOLS, response_format=form, tool_choice={"type": "function", "function": {"name": "weather"}}
+    )
+    assert called.choices[0].message.tool_calls
+    wrong = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"$ref": "#/$defs/nowhere"}}}
+    for tools in ({}, {"tools": TOOLS}):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(**WEATHER, **tools, response_format=wrong)
+        assert caught.value.param == "response_format"
+        assert "nowhere" in caught.value.message
+
+
 def test_a_dialogue_with_a_call_and_its_result(server: Served) -> None:
     client = server.openai()
     how = {**WEATHER, "tools": TOOLS, "max_tokens": 40}

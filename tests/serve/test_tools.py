@@ -196,6 +196,43 @@ def test_whatever_the_grammar_ends_is_text_or_valid_calls(choice, start):
     assert ended > 5 or (choice == "auto" and not start)
 
 
+FORMED = Grammar.json_schema({"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "additionalProperties": False})  # fmt: skip
+TAGGED = '{"city": "<tool_call> \\"name\\": x"}'
+
+
+@pytest.mark.parametrize(
+    ("content", "choice", "text", "fits"),
+    [
+        (FORMED, "auto", '{"city": "x"}', (True, True)), (FORMED, "auto", TAGGED, (True, True)), (FORMED, "auto", GET, (True, True)),
+        (FORMED, "auto", "text", (False, False)), (FORMED, "auto", '{"town', (False, False)), (FORMED, "auto", f"x{GET}", (False, False)),
+        (FORMED, "auto", "", (True, False)), (FORMED, "required", GET, (True, True)), (FORMED, "required", '{"city": "x"}', (False, False)),
+        (Grammar("json_object"), "auto", '{"any": [1]}', (True, True)), (Grammar("json_object"), "auto", "[1]", (False, False)),
+        (FORMED, "auto", f'{{"city": "x"}}\n{GET}', (False, False)),
+    ],
+)  # fmt: skip
+def test_with_a_form_an_answer_is_content_of_it_or_calls(content, choice, text, fits):
+    grammar = tool_grammar(offered(choice), content)
+    assert grammar is not None
+    written, end = grammars.allowed(grammars.matcher(grammar), text)
+    assert (written, written and end) == fits
+
+
+@given(st.text(max_size=40), st.lists(st.integers(0, 60), max_size=4))
+def test_tags_in_the_strings_of_formed_content_stay_there(text, cuts):
+    whole = json.dumps({"city": text + "<tool_call>" + text})
+    places = sorted({min(cut, len(whole)) for cut in cuts})
+    for reason, end in (("stop", len(whole)), ("length", len(whole) // 2)):
+        parser, deltas = ToolCallParser(offered(), "k", formed=True), []
+        for first, last in itertools.pairwise((0, *(min(place, end) for place in places), end)):
+            deltas += parser.push(whole[first:last])
+        rest, why = parser.finish(reason)
+        assert assembled([*deltas, *rest]) == {"content": whole[:end]}
+        assert why == reason
+    parser = ToolCallParser(offered(), "k", formed=True)
+    deltas = [delta for character in f"{GET}\n{WEATHER}" for delta in parser.push(character)]
+    assert [one["function"]["name"] for one in assembled(deltas)["tool_calls"]] == ["get", "get_weather"]
+
+
 # --- the parser ---
 
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=20)

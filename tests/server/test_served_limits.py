@@ -240,6 +240,10 @@ ELSEWHERE = {
     "template_chars": "security/test_templates.py::",
     "template_s": "security/test_templates.py::",
     "rows": "server/test_served_limits.py::test_the_queue_is_bounded_and_says_when_to_come_back",
+    **dict.fromkeys(
+        ("images", "image_pixels"),
+        "security/test_images.py::test_a_whole_image_reaches_no_decoder_where_the_model_has_no_eyes",
+    ),
     "prefix_share": "engine/test_prefix.py::",
     **dict.fromkeys(
         ("grammar_bytes", "grammar_depth", "grammar_symbols", "enum_values", "regex_size", "schema_properties"),

@@ -21,7 +21,6 @@ from hasten.engine.rows import Row, Turn
 from hasten.engine.sampling import token_logprob
 from hasten.engine.trace import Trace
 from hasten.engine.verify import check_draft, check_law, depths, verify
-from hasten.errors import RuleError
 from hasten.failure import contained
 
 
@@ -237,12 +236,7 @@ class AutoregressiveLoop:
         self._emit(row, "forward", total=turn.count + len(turn.draft), backbone=done.backbone)
         position = len(row.tokens)
         draws = row.drafter.draws if row.drafter is not None and turn.draft.q is not None else "point"
-        try:
-            verdict = verify(row.law, logits, turn.draft, row.sampler, position, draws, best)
-        except RuleError as error:  # this row ends; the others of the pass go on
-            row.cache.advance(turn.count)
-            row.end("error", str(error))
-            return None
+        verdict = verify(row.law, logits, turn.draft, row.sampler, position, draws, best)
         chosen = [0, *(node + 1 for node in verdict.path)]
         if done.log_sum_exp is not None:
             lse = {node: done.log_sum_exp[first + node] for node in chosen}

@@ -22,7 +22,7 @@ from hasten.engine.sampling import Sampler, choice_seed
 from hasten.engine.scheduler import Scheduler, Ticket
 from hasten.engine.trace import Trace
 from hasten.engine.verify import check_law
-from hasten.errors import BusyError, ConfigError, ContextLengthError, IncompatibleError, out_of_range
+from hasten.errors import BusyError, ConfigError, ContextLengthError, IncompatibleError, RuleError, out_of_range
 from hasten.failure import contained, out_of_memory, words
 from hasten.text import StopText, TextDecoder
 from hasten.types import Event, FinishReason, Output, Request, Usage
@@ -273,7 +273,7 @@ class Engine:
                 self._end(request_id, f"the deadline of {seconds:g} seconds has passed")
         for ticket, error in self.scheduler.admit():
             self._failures.append((ticket.request_id, error))
-            self._unstarted(ticket, "error", words(error))
+            self._unstarted(ticket, "error", words(error), error)
         if self.scheduler.running:
             with getattr(self.backbone, "alone", nullcontext)():  # a backbone with threads of its own
                 self._advance(self.scheduler.running)
@@ -328,25 +328,29 @@ class Engine:
                     other.lead = None
             self._keep(row)
         self.scheduler.retire(row)
-        if row.cause is not None:
+        if row.cause is not None and not isinstance(row.cause, RuleError):  # a rule's end is its own request's alone
             self._failures.append((row.request_id, row.cause))
         if isinstance(row, Row) and row.drafter is not None and row.opened:
             with contained():
                 row.drafter.close(row.id)
             self._loop.budget.book(row.drafter).acceptance.forget(row.id)
-        self._stopped(row.request_id, row.choice, row.added_s, row.output(self.trace.now()), row.error)
+        self._stopped(row.request_id, row.choice, row.added_s, row.output(self.trace.now()), row.error, row.cause)
 
-    def _unstarted(self, ticket: Ticket, reason: FinishReason, error: str) -> None:
+    def _unstarted(self, ticket: Ticket, reason: FinishReason, error: str, cause: Exception | None = None) -> None:
         """End a request that has no rows yet."""
         usage = Usage(prompt_tokens=len(ticket.request.prompt))
         for choice in range(ticket.choices):
             output = Output("", (), reason, usage, choice_seed(ticket.seed, choice), choice, ticket.method)
-            self._stopped(ticket.request_id, choice, ticket.added_s, output, error)
+            self._stopped(ticket.request_id, choice, ticket.added_s, output, error, cause)
 
-    def _stopped(self, request_id: int, choice: int, added_s: float, output: Output, error: str) -> None:
+    def _stopped(
+        self, request_id: int, choice: int, added_s: float, output: Output, error: str, cause: Exception | None
+    ) -> None:
         """Tell the trace that a choice has ended, and close its request with the last one."""
         if error:
-            self.trace.emit("error", request_id, choice, added_s, text=error)
+            late, ruled = output.finish_reason == "abort", isinstance(cause, RuleError)
+            code = "deadline" if late else "rule" if ruled else "engine"
+            self.trace.emit("error", request_id, choice, added_s, text=error, code=code)
         self.trace.emit("stop", request_id, choice, added_s, output=output)
         self._open[request_id] -= 1
         if not self._open[request_id]:

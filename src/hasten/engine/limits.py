@@ -57,6 +57,8 @@ class Limits:
     served_tokens: int = _limit(4_096, "tokens", "max_tokens of one request to the server")
     served_queue: int = _limit(128, "requests", "requests waiting at the server; more are answered 429")
     served_inputs: int = _limit(256, "inputs", "prompts or texts in one request to the server")
+    images: int = _limit(8, "images", "images in one chat request; its body bounds their bytes")
+    image_pixels: int = _limit(16_000_000, "pixels", "width x height of one image, read from its header")
     tools: int = _limit(64, "tools", "tools one chat request may offer")
     deadline_s: float = _limit(600.0, "seconds", "time a request to the server may take, waiting included")
     ping_s: float = _limit(15.0, "seconds", "silence of a stream after which a comment keeps it open")

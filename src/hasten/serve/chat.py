@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from hasten.errors import IncompatibleError
 from hasten.serve import generation
 from hasten.serve.generation import Job
 from hasten.serve.protocol import ChatBody, ResponseFormat
@@ -28,8 +29,10 @@ async def chat(body: ChatBody, request: Request) -> Response:
     """The assistant's next message; as server-sent events with `stream`."""
     worker = request.app.state.worker
     messages = [message.model_dump(exclude_none=True) for message in body.messages]
+    for place in body.images():  # no model of this version has eyes; what a request shows it is not dropped in silence
+        raise IncompatibleError(f"model {body.model!r} reads text only", hint="leave the images out", field=place)
     offer = read_tools(body.tools or None, body.tool_choice if body.tools else None, body.parallel_tool_calls)
-    tools = None if offer is None else offer.for_template()
+    tools, asked = None if offer is None else offer.for_template(), grammar(body.response_format)
     job = await generation.begin(
         worker,
         request,
@@ -37,7 +40,7 @@ async def chat(body: ChatBody, request: Request) -> Response:
         lambda llm: [llm.chat_ids(messages, tools, body.chat_template_kwargs)],
         max_tokens=body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        form=generation.form(body, grammar(body.response_format), offer),
+        form=generation.form(body, asked, offer),
         label=body.prompt_cache_key,
     )
     head = Head(f"chatcmpl-{secrets.token_hex(12)}", int(time.time()), body.model)
@@ -49,7 +52,7 @@ async def chat(body: ChatBody, request: Request) -> Response:
         job.answer.cancel()
     content = {
         **head.json("chat.completion"),
-        "choices": [choice(job, output, offer) for output in outputs],
+        "choices": [choice(job, output, offer, asked is not None) for output in outputs],
         "usage": generation.usage_json(job.requests, outputs),
         "hasten": generation.extension(outputs),
     }
@@ -79,22 +82,22 @@ def grammar(asked: ResponseFormat | None) -> Grammar | None:
     return Grammar("json_schema", json.dumps({} if schema is None else schema, ensure_ascii=False))
 
 
-def reader(job: Job, offer: Offer, index: int) -> ToolCallParser:
+def reader(job: Job, offer: Offer, index: int, formed: bool) -> ToolCallParser:
     """What reads the calls in one choice's text; ids of calls repeat when an answer is repeated with its seed."""
     request = job.requests[0]
     seed = job.answer.number if request.sampling.seed is None else request.sampling.seed
     key = hashlib.sha256(repr((seed, request.prompt)).encode()).hexdigest()
-    return ToolCallParser(offer, key, index)
+    return ToolCallParser(offer, key, index, formed=formed)
 
 
-def choice(job: Job, output: Output, offer: Offer | None) -> dict[str, Any]:
+def choice(job: Job, output: Output, offer: Offer | None, formed: bool) -> dict[str, Any]:
     """One finished choice."""
     found = None
     if output.logprobs is not None:
         found = {"content": [generation.logprob_json(job.llm, one) for one in output.logprobs], "refusal": None}
     message, reason = {"content": output.text}, str(output.finish_reason)
     if offer is not None:
-        parser = reader(job, offer, output.choice)
+        parser = reader(job, offer, output.choice, formed)
         deltas = parser.push(output.text)
         last, reason = parser.finish(output.finish_reason)
         message = assembled([*deltas, *last])
@@ -111,7 +114,8 @@ async def chunks(job: Job, body: ChatBody, head: Head, offer: Offer | None) -> A
     start = head.json("chat.completion.chunk")
     usage = body.stream_options is not None and body.stream_options.include_usage
     rest: dict[str, Any] = {"usage": None} if usage else {}
-    parsers = [None if offer is None else reader(job, offer, index) for index in range(job.choices)]
+    formed = grammar(body.response_format) is not None
+    parsers = [None if offer is None else reader(job, offer, index, formed) for index in range(job.choices)]
     for index in range(job.choices):
         first = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
         yield {**start, "choices": [first], **rest}

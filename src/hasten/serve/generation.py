@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from hasten.llm import LLM
 
 T = TypeVar("T")
+# Event.code -> (HTTP status, code); a rule is the request's own: nothing can follow, or it costs too much.
+_FAILURES = {"deadline": (504, "deadline"), "rule": (400, "grammar_failed"), "engine": (500, "engine_error")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +72,8 @@ class Job:
 def failed(event: Event) -> None:
     """Raise ApiError for an event that says that its choice has failed or was given up."""
     if event.kind == "error":
-        late = "deadline" in event.text
-        if event.text.startswith("the grammar "):  # the request's own, which nothing can follow or which costs too much
-            raise ApiError(400, event.text, code="grammar_failed")
-        raise ApiError(504 if late else 500, event.text, code="deadline" if late else "engine_error")
+        status, code = _FAILURES[event.code]
+        raise ApiError(status, event.text, code=code)
     if event.output is not None and event.output.finish_reason == "abort":
         raise ApiError(504, "the request was given up before it ended", code="aborted")
 
@@ -112,18 +112,13 @@ async def begin(
     model = own.model = resolve(worker, body.model)
     llm = worker.llm(model)
     names = methods(body.hasten.method) or worker.settings.method
-    parts = await worker.call(model, lambda loaded: loaded.parts(names))
     masked = llm.model.capabilities.kind == "masked"
     if masked:
         _refuse_for_canvas(logprobs, form)
     elif suffix is not None:
         raise IncompatibleError("suffix needs a model that fills canvases", field="suffix")
-    if form is not None:
-        rule = await worker.prepare(form.compile, llm)
-        parts = replace(parts, rules=(*parts.rules, rule))
-    owner = tenant(http, label)
-
-    grammar = None if form is None else form.grammar
+    rules = () if form is None else (await worker.prepare(form.compile, llm),)
+    owner, grammar = tenant(http, label), None if form is None else form.grammar
 
     def requests() -> tuple[Request, ...]:
         out = []
@@ -139,7 +134,7 @@ async def begin(
 
     made = await worker.prepare(requests)
     own.method, own.prompt_tokens = names, sum(len(one.prompt) for one in made)
-    answer = await worker.submit(model, [(one, parts) for one in made], provisional=body.hasten.provisional)
+    answer = await worker.submit(model, made, rules, provisional=body.hasten.provisional)
     return Job(model, llm, answer, made, names, own)
 
 
@@ -193,31 +188,38 @@ def _refuse_for_canvas(logprobs: int | None, form: Form | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """The form of an answer, and the field that asked for it: what is wrong with the grammar is said of that field."""
+    """The form of an answer, and the field that asked for it: what is wrong with the grammar is said of that field.
+
+    `parts`: fields and grammars that it was put together from; a fault of one of them is said of that one.
+    """
 
     grammar: Grammar
     field: str
-    offer: Offer | None = None
+    parts: tuple[tuple[str, Grammar], ...] = ()
 
     def compile(self, llm: LLM) -> LogitsRule:
         """The rule of the form for a model; raises ConfigError naming the field and, for tools, whose schema it is."""
         try:
             return llm.compile(self.grammar)
         except ConfigError as error:
-            for path, schema in self.offer.schemas() if self.offer is not None else ():
+            for path, grammar in self.parts:
                 try:
-                    llm.compile(Grammar.json_schema(dict(schema)))
+                    llm.compile(grammar)
                 except ConfigError as own:
                     raise ConfigError(f"{path}: {own.message}", hint=own.hint, field=path) from None
             raise type(error)(error.message, hint=error.hint, field=self.field) from None
 
 
 def form(body: Sampling, asked: Grammar | None, offer: Offer | None = None) -> Form | None:
-    """The one form that a body asks for, by response_format, tools or the extension; raises ConfigError for two."""
-    own, tools = body.hasten, tool_grammar(offer)
-    forms = [Form(asked, "response_format")] if asked is not None else []
-    if tools is not None:
-        forms.append(Form(tools, "tools", offer))
+    """The one form that a body asks for, by response_format with tools or by the extension; raises ConfigError for two."""
+    own, forms = body.hasten, list[Form]()
+    if offer is not None:
+        schemas = [(path, Grammar.json_schema(dict(schema))) for path, schema in offer.schemas()]
+        parts = schemas if asked is None else [("response_format", asked), *schemas]
+        whole = tool_grammar(offer, asked)
+        forms += [Form(whole, "tools", tuple(parts))] if whole is not None else []
+    elif asked is not None:
+        forms.append(Form(asked, "response_format"))
     if own.regex is not None:
         forms.append(Form(Grammar.regex(own.regex), "hasten.regex"))
     if own.lark is not None:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from hasten.engine.limits import LIMITS
+from hasten.serve import images
 from hasten.types import MAX_SEED
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -100,11 +101,32 @@ class Sampling(Body):
         return self
 
 
-class TextPart(Body):
-    """A part of a message's content; text is the only kind that the models here read."""
+class ImageUrl(Body):
+    """An image, whose header is read here; its pixels are decoded by nobody before a model asks for them."""
 
-    type: Literal["text"]
-    text: str
+    url: str
+    detail: Literal["auto", "low", "high"] = "auto"
+
+    @field_validator("url")
+    @classmethod
+    def _image(cls, url: str) -> str:
+        images.read(url)
+        return url
+
+
+class Part(Body):
+    """A part of a message's content: a text, or an image for models that read images."""
+
+    type: Literal["text", "image_url"]
+    text: str | None = None
+    image_url: ImageUrl | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Part:
+        for name in ("text", "image_url"):
+            if (getattr(self, name) is None) == (self.type == name):
+                raise ValueError(f"{name} belongs to parts of type {name}, and is needed there")
+        return self
 
 
 class FunctionCall(Body):
@@ -126,7 +148,7 @@ class Message(Body):
     """One message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | list[Part] | None = None
     name: Label | None = None
     tool_calls: list[ToolCall] | None = Field(None, min_length=1, max_length=LIMITS.tools)
     tool_call_id: Label | None = None
@@ -183,8 +205,17 @@ class ChatBody(Sampling):
     prompt_cache_key: Label | None = None
     safety_identifier: Label | None = None
 
+    def images(self) -> list[str]:
+        """Where in the request its images are."""
+        parts = [(i, one.content) for i, one in enumerate(self.messages) if isinstance(one.content, list)]
+        return [
+            f"messages[{i}].content[{k}]" for i, some in parts for k, part in enumerate(some) if part.type == "image_url"
+        ]
+
     @model_validator(mode="after")
     def _agree(self) -> ChatBody:
+        if len(self.images()) > LIMITS.images:
+            raise ValueError(f"messages hold {len(self.images())} images; at most {LIMITS.images}")
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs=true")
         if self.max_tokens is not None and self.max_completion_tokens is not None:

@@ -100,8 +100,6 @@ def named(models: Sequence[str], aliases: Mapping[str, str], options: Mapping[st
 
     Raises ConfigError for two models of one name and for aliases of models that are not served.
     """
-    import hasten
-
     out: dict[str, Callable[[], LLM]] = {}
     for model in models:
         name = model if NAME.match(model) and not model.endswith((".gguf", ".safetensors")) else Path(model).name
@@ -110,13 +108,22 @@ def named(models: Sequence[str], aliases: Mapping[str, str], options: Mapping[st
             raise ConfigError(f"model {model!r} gives no name to serve it under", hint="rename it", field="models")
         if name in out:
             raise ConfigError(f"two models would be served as {name!r}", hint="rename one", field="models")
-        out[name] = partial(hasten.load, model, serving=True, **options)
+        out[name] = partial(opened, model, options, len(models))
     for alias, model in aliases.items():
         if model not in out:
             raise ConfigError(f"alias {alias!r} means {model!r}, which is not served", field="alias")
         if alias in out:
             raise ConfigError(f"alias {alias!r} is the name of a model", field="alias")
     return out
+
+
+def opened(model: str, options: Mapping[str, Any], sharers: int) -> LLM:
+    """A model for a server, whose keys and values take one of `sharers` equal parts of the memory there is for them."""
+    import hasten
+    from hasten.models.memory import available_bytes
+
+    room = None if sharers == 1 else int(available_bytes() * LIMITS.cache_share / sharers)
+    return hasten.load(model, serving=True, cache_bytes=room, **options)
 
 
 def config(app: Any, settings: Settings) -> uvicorn.Config:

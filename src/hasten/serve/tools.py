@@ -3,7 +3,7 @@
     offer = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)  # None: nothing is offered
     for path, schema in offer.schemas(): ...      # for the check of schema keywords, which names the path it refuses
     ids = tokenizer.chat(messages, tools=offer.for_template())
-    request = Request(..., grammar=tool_grammar(offer))
+    request = Request(..., grammar=tool_grammar(offer, content))  # content: what response_format asks of text, or None
     parser = ToolCallParser(offer, key=f"{seed}:{prompt digest}", choice=i)
     for text in pieces: deltas = parser.push(text)         # each an OpenAI `delta` without its role
     deltas, finish_reason = parser.finish(engine_reason)
@@ -11,7 +11,8 @@
 
 Calls have the Hermes form, `<tool_call>\\n{"name": "f", "arguments": {...}}\\n</tool_call>`. The grammar allows text, or
 text and then calls with nothing after them; once `<tool_call>` is written only a call to an offered tool can follow, its
-arguments valid under the tool's schema. So the parser reads what the grammar wrote; other text is content, as it stands.
+arguments valid under the tool's schema. Where response_format gives text a form, an answer is such text or calls alone.
+So the parser reads what the grammar wrote; other text is content, as it stands.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ _OPEN = frozenset(
         "unevaluatedProperties",
     )
 )
+_OBJECT = '{"type": "object"}'
 _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -161,17 +163,20 @@ def _choice(value: object, tools: Sequence[Tool]) -> tuple[Any, int]:
     return "function", names.index(function["name"])
 
 
-def tool_grammar(offer: Offer | None) -> Grammar | None:
+def tool_grammar(offer: Offer | None, content: Grammar | None = None) -> Grammar | None:
     """The form of an answer under this offer, for llguidance; None where any text will do.
 
-    Raises ConfigError when a schema cannot be written as JSON, or all together exceed the limit of a grammar.
+    `content` (json_object or json_schema) is the form of an answer that calls nothing. Raises ConfigError when a schema
+    cannot be written as JSON, or all together exceed the limit of a grammar.
     """
     if offer is None:
-        return None
+        return content
     places = range(len(offer.tools)) if offer.only < 0 else (offer.only,)
     one_call = not offer.parallel or offer.choice == "function"
     more = "" if one_call else f" ({_quoted(chr(10) + CALL_OPEN)} body)*"
-    if offer.choice == "auto":
+    if offer.choice == "auto" and content is not None:
+        lines = [f"start: content | {_quoted(CALL_OPEN)} body{more}", f"content: %json {content.source or _OBJECT}"]
+    elif offer.choice == "auto":
         # No TEXT holds `<tool_call>`, and HEAD ends with its first: once it is written, nothing but a call can follow.
         text = _without(CALL_OPEN)
         lines = [f"start: TEXT | HEAD body{more}", f"TEXT: /{text}/", f"HEAD: /{text}{CALL_OPEN}/"]
@@ -231,12 +236,13 @@ class ToolCallParser:
 
     `key` makes the ids of calls: the same key, choice and place give the same id, so pass what identifies the answer (seed
     and prompt). Content never holds a piece of `<tool_call>` that may still become one, nor the white space before it.
+    `formed`: response_format gives content a form, so that a tag behind its beginning is a part of its strings.
     """
 
-    def __init__(self, offer: Offer, key: str, choice: int = 0) -> None:
+    def __init__(self, offer: Offer, key: str, choice: int = 0, *, formed: bool = False) -> None:
         self._names = frozenset(tool.name for tool in offer.tools)
-        self._key, self._choice = key, choice
-        self._state: Literal["text", "head", "arguments", "tail"] = "text"
+        self._key, self._choice, self._formed = key, choice, formed
+        self._state: Literal["text", "content", "head", "arguments", "tail"] = "text"
         self._rest, self._space = "", ""  # text not decided on; white space before a tag not decided on
         self._calls = 0
         self._depth, self._string, self._escape = 0, False, False
@@ -270,6 +276,7 @@ class ToolCallParser:
     def _advance(self) -> Iterator[Delta]:
         read = {
             "text": self._read_text,
+            "content": self._read_content,
             "head": self._read_head,
             "arguments": self._read_arguments,
             "tail": self._read_tail,
@@ -279,7 +286,15 @@ class ToolCallParser:
             before = self._state, len(self._rest)
             yield from read[self._state]()
 
+    def _read_content(self) -> Iterator[Delta]:
+        content, self._rest = self._rest, ""
+        if content:
+            yield {"content": content}
+
     def _read_text(self) -> Iterator[Delta]:
+        if self._formed and not self._calls and not CALL_OPEN.startswith(self._rest[: len(CALL_OPEN)]):
+            self._state = "content"
+            return
         at = self._rest.find(CALL_OPEN)
         if at >= 0:
             content = self._rest[:at].rstrip(_SPACE)

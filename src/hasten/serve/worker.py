@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from hasten.engine.limits import LIMITS
@@ -23,7 +23,7 @@ from hasten.errors import HastenError, IncompatibleError, unknown_name
 from hasten.serve.settings import Settings
 
 if TYPE_CHECKING:
-    from hasten.engine.engine import Parts
+    from hasten.engine.contracts import LogitsRule
     from hasten.llm import LLM
     from hasten.types import Event, Request
 
@@ -168,16 +168,20 @@ class Worker:
     async def submit(
         self,
         model: str,
-        jobs: Sequence[tuple[Request, Parts]],
+        requests: Sequence[Request],
+        rules: tuple[LogitsRule, ...] = (),
         *,
         provisional: bool = False,
         deadline_s: float | None = None,
     ) -> Answer:
-        """Queue requests together: all are taken or none. Raises what `Engine.add` raises, and UnavailableError."""
+        """Queue requests together, each with its methods and these rules: all are taken or none.
+
+        Raises what `LLM.parts` and `Engine.add` raise, and UnavailableError.
+        """
         self.llm(model)
-        answer = Answer(self, model, sum(request.sampling.n for request, _ in jobs), provisional)
+        answer = Answer(self, model, sum(one.sampling.n for one in requests), provisional)
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._post(lambda: self._add(model, jobs, answer, deadline_s or LIMITS.deadline_s, done))
+        self._post(lambda: self._add(model, requests, rules, answer, deadline_s or LIMITS.deadline_s, done))
         try:
             await done
         except asyncio.CancelledError:
@@ -318,7 +322,8 @@ class Worker:
     def _add(
         self,
         model: str,
-        jobs: Sequence[tuple[Request, Parts]],
+        requests: Sequence[Request],
+        rules: tuple[LogitsRule, ...],
         answer: Answer,
         deadline_s: float,
         done: asyncio.Future[None],
@@ -330,8 +335,9 @@ class Worker:
             if self.state == "stopped":
                 raise self._unavailable()
             answer.waiting = len(engine.scheduler.waiting)
-            for request, parts in jobs:
-                ids.append(engine.add(request, parts, deadline_s))
+            for request in requests:
+                parts = seat.llm.parts(request.method)
+                ids.append(engine.add(request, replace(parts, rules=(*parts.rules, *rules)), deadline_s))
         except Exception as error:  # noqa: BLE001 - goes to who asked
             for one in ids:
                 engine.abort(one)
@@ -340,7 +346,7 @@ class Worker:
             self._settle(done, error)
             return
         for index, one in enumerate(ids):
-            seat.answers[one] = _Open(answer, index, jobs[index][0].sampling.n)
+            seat.answers[one] = _Open(answer, index, requests[index].sampling.n)
         answer.ids = ids
         self._watched(seat)
         self._settle(done, None)

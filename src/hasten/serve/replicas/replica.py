@@ -10,7 +10,6 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from hasten.engine.limits import LIMITS
 from hasten.errors import HastenError
 from hasten.serve.asgi import answer, exchange, http_scope, reason
 from hasten.serve.settings import Settings
@@ -18,7 +17,6 @@ from hasten.serve.settings import Settings
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from hasten.llm import LLM
     from hasten.serve.worker import Worker
 
 
@@ -36,13 +34,16 @@ class Replica:
     async def open(self, name: str) -> FastAPI:
         """The application that serves the model `name`, once it is loaded; raises HastenError when it cannot be."""
         from hasten.serve.app import build_app
+        from hasten.serve.run import opened
         from hasten.serve.worker import Worker
 
         given = dict(self.spec["settings"])
         given |= {key: tuple(value) for key, value in given.items() if isinstance(value, list)}
         settings = Settings(**given)
         settings = replace(settings, aliases={a: model for a, model in settings.aliases.items() if model == name})
-        worker = Worker({name: partial(load, self.spec, name)}, settings)
+        sharers = self.spec["replicas"] * len(self.spec["models"])
+        source = partial(opened, self.spec["models"][name], self.spec["load"], sharers)
+        worker = Worker({name: source}, settings)
         app = build_app(worker, settings)
         await self._stack.enter_async_context(app.router.lifespan_context(app))
         while worker.state == "loading":
@@ -88,14 +89,3 @@ class Replica:
         loads = [worker.load() for worker in self.workers.values()]
         running, waiting = sum(one for one, _ in loads), sum(one for _, one in loads)
         return {"pid": os.getpid(), "models": sorted(self.workers), "running": running, "waiting": waiting}
-
-
-def load(spec: Mapping[str, Any], name: str) -> LLM:
-    """A model with this replica's share of the threads and of the memory for keys and values."""
-    import hasten
-    from hasten.models.memory import available_bytes
-
-    share = spec["replicas"] * len(spec["models"])
-    return hasten.load(
-        spec["models"][name], cache_bytes=int(available_bytes() * LIMITS.cache_share / share), **spec["load"]
-    )
