@@ -23,6 +23,7 @@ from chat_model import write_model
 from live import chat, serving, until
 
 import hasten
+from hasten.errors import IncompatibleError
 from hasten.serve.run import Server, config
 from hasten.serve.settings import Settings
 from hasten.serve.worker import UnavailableError, Worker
@@ -282,6 +283,27 @@ def test_a_worker_that_ends_leaves_nobody_waiting(tiny, monkeypatch):
         assert done[0] == 1
         assert isinstance(done[-1], UnavailableError)
         assert all(one == 1 or isinstance(one, UnavailableError) for one in done)
+
+
+def test_one_engine_is_served_from_one_place_and_free_again_afterwards(tiny):
+    with serving({"tiny": tiny}) as served:
+        worker = Worker({"other": tiny}, Settings())
+
+        async def refused() -> None:
+            worker.start()
+            while worker.state == "loading":
+                await asyncio.sleep(0.001)
+            await worker.stop()
+
+        asyncio.run(refused())
+        assert isinstance(worker.failure, IncompatibleError)
+        assert "'other' is served already" in str(worker.failure)
+        with served.client() as client:  # the first one goes on
+            assert client.post("/v1/chat/completions", json=chat()).status_code == 200
+    with serving({"again": tiny}) as served, served.client() as client:
+        assert client.post("/v1/chat/completions", json={**chat(), "model": "again"}).status_code == 200
+    with pytest.raises(AssertionError, match="alias"), serving({"one": tiny, "two": tiny}):
+        pass
 
 
 def test_when_the_time_is_up_the_rest_is_given_up(tiny):

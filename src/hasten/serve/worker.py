@@ -13,6 +13,7 @@ import queue
 import secrets
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -24,12 +25,15 @@ from hasten.serve.settings import Settings
 
 if TYPE_CHECKING:
     from hasten.engine.contracts import LogitsRule
+    from hasten.engine.engine import Engine
     from hasten.llm import LLM
     from hasten.types import Event, Request
 
 State = Literal["loading", "ready", "draining", "stopped"]
 Observer = Callable[[str, float, "Sequence[Event]", int, int], None]
 _LOG = logging.getLogger("hasten.serve")
+_TAKEN: weakref.WeakSet[Engine] = weakref.WeakSet()  # engines that some worker of this process serves
+_CLAIMS = threading.Lock()
 
 
 class UnavailableError(HastenError):
@@ -240,10 +244,11 @@ class Worker:
             for name, source in self._sources.items():
                 started = time.perf_counter()
                 llm = source() if callable(source) else source
+                self._claim(name, llm.engine)
+                self._seats[name] = _Seat(llm)
                 llm.engine.scheduler.max_queue = LIMITS.served_queue
                 with contextlib.suppress(IncompatibleError):  # masked models, and models without an end token
                     llm.grammars  # noqa: B018 - read the vocabulary now, so that no request waits for it
-                self._seats[name] = _Seat(llm)
                 _LOG.info("model loaded", extra={"model": name, "seconds": round(time.perf_counter() - started, 2)})
             self._begun.set()
             if self.state == "loading":
@@ -259,6 +264,19 @@ class Worker:
             self._begun.set()
             self.state = "stopped"
             self._leave()
+            with _CLAIMS:
+                _TAKEN.difference_update(seat.llm.engine for seat in self._seats.values())
+
+    def _claim(self, name: str, engine: Engine) -> None:
+        """An engine has one thread and one reader of its events; raises IncompatibleError where it has them already."""
+        with _CLAIMS:
+            if engine in _TAKEN:
+                raise IncompatibleError(
+                    f"model {name!r} is served already, and an engine takes its requests from one place",
+                    hint="load it a second time, or give it an alias",
+                    field="models",
+                )
+            _TAKEN.add(engine)
 
     def _take(self, wait: bool) -> None:
         """Carry out what was asked meanwhile; with nothing else to do, wait for it."""
