@@ -45,6 +45,21 @@ def test_pass_cost_takes_the_fastest_recent_time_and_interpolates():
     assert passes(1, 1) == 2.0  # old times go
 
 
+def test_rows_learn_from_one_row_how_passes_grow():
+    passes = PassCost()
+    passes.expect(1, {n: 1.0 + 0.25 * (n - 1) for n in (1, 2, 4, 8, 16, 32)})
+    for _ in range(2):
+        passes.record(8, 8, 4.0)
+    assert passes(8, 16) == pytest.approx(4.0 * 4.75 / 2.75)  # not tried, but not thought cheap
+    assert passes(8, 12) == pytest.approx(4.0 * 3.75 / 2.75)
+    assert passes(8, 33) == pytest.approx(4.0 + 25 * 0.04)  # beyond what one row knows: tried once
+    for _ in range(2):
+        passes.record(8, 16, 5.0)
+    assert passes(8, 16) == 5.0
+    assert passes(8, 32) == pytest.approx(5.0 * 8.75 / 4.75)
+    assert passes(2, 4) == 0.0
+
+
 def test_a_size_that_looked_bad_once_is_tried_again_later():
     passes = PassCost()
     for seconds in (1.0, 1.0):

@@ -119,12 +119,18 @@ class PassCost:
                 self._fastest.setdefault(rows, {})[tokens] = seconds
 
     def __call__(self, rows: int, tokens: int) -> float:
-        """Estimated seconds; 0 when nothing is known of `rows` rows. Between measured sizes it is interpolated."""
+        """Estimated seconds; 0 when nothing is known of `rows` rows.
+
+        Between measured sizes it is interpolated; beyond them passes of several rows grow as those of one row do.
+        """
         known = self._fastest.get(rows, {})
         if tokens in known or not known:
             return known.get(tokens, 0.0)
         below, above = (max((n for n in known if n < tokens), default=0), min((n for n in known if n > tokens), default=0))
         if not above:
+            one = self._fastest.get(1, {})
+            if rows > 1 and one and min(one) <= below and tokens <= max(one):  # larger passes grow alike for all rows
+                return known[below] * self(1, tokens) / self(1, below)
             return known[below] + (tokens - below) * _STEP * known[min(known)]
         if not below:
             return known[above]
