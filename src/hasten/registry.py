@@ -142,6 +142,12 @@ def catalog() -> list[dict[str, Any]]:
     return sorted(entries, key=lambda entry: (entry["state"] != "works", entry["slug"]))
 
 
+def served() -> dict[str, Any]:
+    """What a page needs to show and to search the catalog as `hasten methods` does, JSON-ready."""
+    presets = {name: list(parts) for name, parts in PRESETS.items()}
+    return {"methods": catalog(), "searched": dict(SEARCHED), "presets": presets}
+
+
 def search(
     entries: Iterable[Mapping[str, Any]], query: Sequence[str], weights: Mapping[str, int]
 ) -> list[Mapping[str, Any]]:
