@@ -86,7 +86,8 @@ class Family:
         if noise and mask and noise.value == "uniform" and mask.value is not None:
             raise say("mask_id", mask.value, "null: uniform noise has no mask token")
         if attention and block and (attention.value in ("block-causal", "encoder-canvas")) == (block.value is None):
-            raise say("block", block.value, f"a size with {attention.value} attention" if block.value is None else "null")
+            with_blocks = "a size" if block.value is None else "null, as there are no blocks"
+            raise say("block", block.value, f"{with_blocks} with {attention.value} attention")
         if self.known("weights") == "closed" and self.released:
             raise say("released", self.released, "empty: the weights are closed")
         if (size := self.known("vocab_size")) is not None:

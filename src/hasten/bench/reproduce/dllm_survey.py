@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from hasten.policy import Policy
 
 claim_checked = (
-    "On small random models of LLaDA's, Dream's, SDAR's and LLaDA-2's layout every part, and every pair of canvas parts, is "
-    "asked for and run: what the registry foretold from its description of the family, against taking every part for legal. "
-    "A key cache that it calls exact must leave every text as it is, one that it calls approximate must not."
+    "On small random models laid out as LLaDA, Dream, SDAR and LLaDA-2 every part, and every pair of canvas parts, is "
+    "asked for and run: what the registry foretold from its description of the family, against taking every part for "
+    "legal; a key cache that it calls exact must leave every text as it is, and one it calls approximate must not."
 )
 
 LAYOUTS = ("llada", "dream", "sdar", "llada-2.0")
@@ -74,7 +74,7 @@ def reproduce(quick: bool, progress: Progress) -> Reproduction:
                 {"label": f"{name}, {family(name).cache}", **Spread.of(values).to_dict()} for name, values in same.items()
             ],
         },
-        no_help="Families whose noise or attention is not published, or of a kind hasten's models do not declare: no verdict.",
+        no_help="No verdict where noise or attention is not published, or of a kind that hasten's models do not declare.",
         machine=machine(),
         seeds=SEEDS,
         seconds=round(time.perf_counter() - started, 1),
@@ -93,9 +93,9 @@ def model(one: Family, seed: int) -> MethodContext:
     words = load("mini-dlm")
     assert isinstance(words.config, ModelConfig)  # noqa: S101 - it is hasten's own
     config = ModelConfig(
-        family=str(one.model_type), kind="masked", vocab_size=words.config.vocab_size, hidden=48, heads=4, kv_heads=2,
-        head_dim=12, ffn=96, max_len=256, layers=(Layer(), Layer()), mask_id=words.config.mask_id, eos_ids=words.config.eos_ids,
-        logit_shift=one.known("shift"), block=one.known("block"),
+        family=str(one.model_type), kind="masked", logit_shift=one.known("shift"), block=one.known("block"), max_len=256,
+        vocab_size=words.config.vocab_size, mask_id=words.config.mask_id, eos_ids=words.config.eos_ids,
+        hidden=48, heads=4, kv_heads=2, head_dim=12, ffn=96, layers=(Layer(), Layer()),
     )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
@@ -147,7 +147,7 @@ def prompt(context: MethodContext, seed: int, index: int) -> tuple[int, ...]:
     """Up to 12 random ordinary tokens, the same for every layout."""
     from random import Random
 
-    drawn = Random(f"{seed} {index}")
+    drawn = Random(f"{seed} {index}")  # noqa: S311 - prompts are no secrets
     special = {context.capabilities.mask_id, *context.capabilities.eos_ids}
     ordinary = [token for token in range(context.capabilities.vocab_size) if token not in special]
     return tuple(drawn.choices(ordinary, k=drawn.randint(1, 12)))
