@@ -242,7 +242,7 @@ def test_what_must_be_trained_first_says_how():
 
 
 def test_where_too_little_is_known_there_is_no_verdict():
-    for name in ("mercury", "gidd", "seed-diffusion"):
+    for name in ("mercury", "gidd", "seed-diffusion", "sedd-absorbing", "d3pm-absorbing"):
         assert {one["state"] for one in parts(name).values()} == {"unknown"}
 
 

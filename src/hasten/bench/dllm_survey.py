@@ -144,12 +144,14 @@ class Family:
 
     @cached_property
     def capabilities(self) -> Capabilities | None:
-        """What a model of this family declares; None where noise or attention is unknown or of another kind than hasten's.
+        """What a model of this family declares; None where hasten's models have no words for it, or it is unknown.
 
-        Numbers that are unknown are stood in for: which parts are legal depends on their being there, not on their value.
+        Those are: other noise than masks and uniform tokens, a network that is told the noise level, and predictions other
+        than clean tokens. Numbers that are unknown are stood in for: which parts are legal depends on their being there.
         """
         noise, attention = self.known("noise"), self.known("attention")
-        if noise not in ("absorbing", "uniform") or attention is None:
+        told = self.known("time") in ("discrete", "continuous") or self.known("prediction") in ("score", "reverse", "rates")
+        if attention is None or not (noise == "uniform" or (noise == "absorbing" and not told)):
             return None
         return Capabilities(
             kind="masked",
@@ -289,7 +291,9 @@ def compatible(name: str, *methods: str) -> Verdict:
             registry.module(registry.parse(method_name)[0])
     context = _context(name)
     if context is None:
-        return Verdict("unknown", "its noise or attention is unknown, or of a kind that hasten's models do not declare")
+        return Verdict(
+            "unknown", "its noise, time or prediction is unknown, or of a kind that hasten's models do not declare"
+        )
     try:
         combine(methods, context, PassCost)
     except (IncompatibleError, UnsupportedError) as error:

@@ -23,7 +23,7 @@ claim_checked = (
 
 LAYOUTS = ("llada", "dream", "sdar", "llada-2.0")
 SEEDS = (0, 1, 2)  # of weights and prompts
-CANVAS = 24  # tokens
+CANVAS = 16  # tokens
 PROMPTS = 6  # per seed, for the caches
 
 
