@@ -167,7 +167,7 @@ def test_the_page_finds_what_the_command_finds():
     assert done.returncode == 0, done.stderr[-2000:]
     wanted = [[one["slug"] for one in registry.search(registry.catalog(), q.split(), registry.SEARCHED)] for q in queries]
     assert json.loads(done.stdout) == wanted
-    assert [len(found) > 0 for found in wanted].count(False) == 1
+    assert sum(map(bool, wanted)) >= 12
 
 
 def browse(url: str, **environment: str) -> dict[str, str]:

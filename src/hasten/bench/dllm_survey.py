@@ -42,14 +42,14 @@ AXES: Mapping[str, Mapping[str, str]] = _STORED["axes"]  # the words of the taxo
 NUMBERS = ("shift", "mask_id", "block", "vocab_size", "max_len", "params", "active")  # params and active in 10^9
 FACTS = (*(axis for axis in AXES if axis not in ("cache", "loads")), *NUMBERS, "eos_ids", "sampler", "license")
 COLUMNS = ("family", "year", "noise", "attention", "block", "shift", "mask_id", "objective", "cache", "loads", "weights")
-_SOURCE = re.compile(r"\d{4}\.\d{5}|[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*|https://\S+|transformers:\w+|hasten:\S+")
+_SOURCE = re.compile(r"\d{4}\.\d{5}|[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*|web:\S+|transformers:\w+|hasten:\S+")
 _WEIGHTS = {"name": 30, "title": 10, "aliases": 10, **dict.fromkeys(("paper", "year", "model_type", "released"), 10)}
 _SEARCHED = {**_WEIGHTS, **dict.fromkeys(FACTS, 5), "cache": 5, "loads": 5, "note": 3, "meaning": 1, "sources": 1}
 _SIGHT: Mapping[str, frozenset[str]] = {"prefix-lm": frozenset({"prefix_lm"}), "encoder-canvas": frozenset()}
 
 
 class Fact(NamedTuple):
-    """A value (None: known to be absent) and where it is from: an arXiv id, a released config, a class, an address."""
+    """A value (None: known to be absent) and where it is from: an arXiv id, a released config (org/name), or a class or address."""
 
     value: Any
     source: str
