@@ -150,7 +150,9 @@ def test_the_scripts_without_a_browser():
 def test_the_page_finds_what_the_command_finds():
     """search.js over what the server hands out gives the order of registry.search, query by query."""
     from hasten import registry
+    from hasten.serve import models
 
+    assert models.methods() == registry.served()
     served = json.loads(json.dumps(registry.served()))
     assert served["methods"] == json.loads(json.dumps(registry.catalog()))
     queries = ["", "threshold", "Token Recycling", "2509.26432", "needs=full", "needs=none state=works", "folder=bench survey",

@@ -49,7 +49,7 @@ _SIGHT: Mapping[str, frozenset[str]] = {"prefix-lm": frozenset({"prefix_lm"}), "
 
 
 class Fact(NamedTuple):
-    """A value (None: known to be absent) and where it is from: an arXiv id, a released config (org/name), or a class or address."""
+    """A value (None: known to be absent) and where it is from: arXiv id, released config (org/name), class or address."""
 
     value: Any
     source: str
