@@ -6,6 +6,8 @@ import json
 import re
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import hasten as package
 from hasten import registry
@@ -92,6 +94,24 @@ def test_a_hit_in_the_name_beats_one_in_the_text():
     assert [one["slug"] for one in found] == ["beta", "beta-two", "betamax", "aa", "bb"]
     assert registry.search(entries, [], {"slug": 30}) == entries
     assert [one["slug"] for one in registry.search(entries, ["beta", "like"], {"slug": 30, "claim": 5})] == ["aa"]
+
+
+WORDS = st.one_of(
+    st.sampled_from(sorted({word for entry in CATALOG for word in f"{entry['slug']} {entry['claim']}".split()})),
+    st.text(st.characters(blacklist_characters="=", blacklist_categories=("Cs", "Z")), min_size=1, max_size=8),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(WORDS, max_size=3))
+def test_any_words_find_exactly_the_entries_that_hold_them_all(words):
+    def holds(entry, word: str) -> bool:
+        return any(word.lower() in str(text).lower() for field in FIELDS for text in texts(entry[field]))
+
+    found = registry.search(CATALOG, words, registry.SEARCHED)
+    assert {one["slug"] for one in found} == {one["slug"] for one in CATALOG if all(holds(one, word) for word in words)}
+    if not found:
+        assert len(registry.near(CATALOG, words, registry.SEARCHED)) <= 3
 
 
 def test_a_field_can_be_asked_for_alone(hasten):
