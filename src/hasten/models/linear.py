@@ -71,6 +71,8 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out] of x [..., in]."""
         if self.packed is not None:
+            if x.dtype != self.dtype:  # autocast narrows what comes in, and knows nothing of packed weights
+                x = x.to(self.dtype)
             return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         weight = self.weight
         assert weight is not None  # noqa: S101 - packed and weight exclude each other
