@@ -26,12 +26,7 @@ def upper(losses: Sequence[float], alpha: float) -> float:
 
     1.0 where nothing can be said. Raises ConfigError for other values.
     """
-    if not 0 < alpha < 1:
-        raise out_of_range("alpha", alpha, "above 0 and below 1")
-    x = np.asarray(losses, dtype=np.float64)
-    if x.size and not (np.abs(x) <= 1).all():
-        raise out_of_range("losses", float(np.abs(x).max()), "in [-1, 1]")
-    values, counts = np.unique(x, return_counts=True)
+    values, counts = _counted(losses, alpha)
     low, high = -1.0, 1.0
     for _ in range(_TURNS):
         middle = (low + high) / 2
@@ -42,9 +37,29 @@ def upper(losses: Sequence[float], alpha: float) -> float:
     return high
 
 
+def below(losses: Sequence[float], mean: float, alpha: float) -> bool:
+    """Whether `upper(losses, alpha)` is at most `mean`, in [-1, 1), without working it out."""
+    return _log_capital(*_counted(losses, alpha), mean) >= -math.log(alpha)
+
+
 def lower(losses: Sequence[float], alpha: float) -> float:
     """The greatest m such that, with probability 1 - alpha, that mean is above m; -1.0 where nothing can be said."""
     return -upper([-one for one in losses], alpha)
+
+
+def above(losses: Sequence[float], mean: float, alpha: float) -> bool:
+    """Whether `lower(losses, alpha)` is at least `mean`, in (-1, 1]."""
+    return below([-one for one in losses], -mean, alpha)
+
+
+def _counted(losses: Sequence[float], alpha: float) -> tuple[np.ndarray, np.ndarray]:
+    """Different losses and how often each was seen."""
+    if not 0 < alpha < 1:
+        raise out_of_range("alpha", alpha, "above 0 and below 1")
+    x = np.asarray(losses, dtype=np.float64)
+    if x.size and not (np.abs(x) <= 1).all():
+        raise out_of_range("losses", float(np.abs(x).max()), "in [-1, 1]")
+    return np.unique(x, return_counts=True)
 
 
 def _log_capital(values: np.ndarray, counts: np.ndarray, mean: float) -> float:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hasten.bench.bounds import lower, upper
+from hasten.bench.bounds import above, below, lower, upper
 from hasten.bench.candidates import Candidate, Space
 from hasten.bench.report import Progress, Spread
 from hasten.bench.splits import Splits, Task
@@ -318,14 +318,15 @@ class _Search:
             if other:
                 trial.fate = f"another text in {other} of {len(pairs)} {where} answers"
             return bool(other)
-        least = lower([one.loss for one in pairs], alpha)
-        if least > self.max_loss:
-            trial.fate = f"lost at least {least:.1%} on {where} prompts"
-        return least > self.max_loss
+        losses = [one.loss for one in pairs]
+        refuted = above(losses, self.max_loss, alpha)
+        if refuted:
+            trial.fate = f"lost at least {lower(losses, alpha):.1%} on {where} prompts"
+        return refuted
 
     def _within(self, trial: Trial, alpha: float) -> bool:
         """Whether a lossy candidate is shown to lose no more than it may."""
-        return upper([one.loss for one in trial.held_out], alpha) <= self.max_loss
+        return below([one.loss for one in trial.held_out], self.max_loss, alpha)
 
     def _holds(self, trial: Trial, alpha: float) -> bool:
         """Whether a finalist may be chosen; if not, its fate says why."""
@@ -341,7 +342,7 @@ class _Search:
             return False
         ratio = min(speedup(pairs).median, sum(one.base_s for one in pairs) / sum(one.own_s for one in pairs))
         if ratio < FASTER:
-            trial.fate = f"no faster on held-out prompts ({ratio:.2f}x)"
+            trial.fate = f"no faster in all ({ratio:.2f}x)"
             return False
         return True
 

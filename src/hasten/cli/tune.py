@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -145,13 +145,16 @@ def share(name: str, text: str | None) -> float:
 
 def _table(found: Finding) -> None:
     """What was tried: the chosen one first, then by how far it came."""
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from hasten.bench.tune import speedup
 
-    table = Table("combination", "asked", "speed", "quality", "what became of it")
+    table = Table("combination", "asked", "speed", "quality", "what became of it", box=SIMPLE)
+    for column in table.columns:
+        column.overflow = "fold"
     for trial in sorted(found.trials, key=lambda one: (one.fate != "", -len(one.held_out), -len(one.dev))):
         pairs = trial.best
         asked = f"{len(pairs)} {'held-out' if trial.held_out else 'dev'}" if pairs else "-"
