@@ -1,4 +1,4 @@
-"""Methods planted in the registry for a test: a drafter that lies about being exact, one that says so, and a slow one."""
+"""Methods planted in the registry for a test: a drafter that is believed unverified, and a slowed one."""
 
 from __future__ import annotations
 
@@ -32,14 +32,6 @@ class Trusting(prompt_lookup.PromptLookup):
         return [Draft((9,), (-1,), scores=(0.99,)) if budget else EMPTY_DRAFT for budget in budgets]
 
 
-class Disguised(Trusting):
-    """The same, hidden from who asks the class what law it wants."""
-
-    @property
-    def law(self):
-        return "trust" if sys._getframe(1).f_globals["__name__"].startswith("hasten.engine") else None
-
-
 class Slowed(prompt_lookup.PromptLookup):
     """Prompt lookup after a rest."""
 
@@ -56,7 +48,9 @@ def plant(monkeypatch: pytest.MonkeyPatch, **methods: tuple[type, str]) -> None:
     found = dict(registry.modules())
     for slug, (cls, exactness) in methods.items():
         module = ModuleType(f"planted_{slug}")
-        module.card = MethodCard(slug, slug, "", "2026-01", "draft", exactness, "It is planted.", "Ever.", needs=("causal",))
+        module.card = MethodCard(
+            slug, slug, "", "2026-01", "draft", exactness, "It is planted.", "Ever.", needs=("causal",)
+        )
         module.Config, module.method = Config, cls
         monkeypatch.setitem(sys.modules, module.__name__, module)
         found[slug] = module.__name__

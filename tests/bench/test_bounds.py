@@ -71,7 +71,9 @@ def test_more_of_the_same_narrows_it():
     assert upper([], 0.05) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize(("losses", "alpha", "field"), [([1.5], 0.05, "losses"), ([0.0], 0.0, "alpha"), ([0.0], 1.0, "alpha")])
+@pytest.mark.parametrize(
+    ("losses", "alpha", "field"), [([1.5], 0.05, "losses"), ([0.0], 0.0, "alpha"), ([0.0], 1.0, "alpha")]
+)
 def test_what_has_no_bound_is_refused(losses, alpha, field):
     with pytest.raises(ConfigError) as caught:
         upper(losses, alpha)

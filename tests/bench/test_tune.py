@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planted import Slowed, Trusting, plant
 
 from hasten.bench.candidates import Candidate, Space
 from hasten.bench.splits import Splits, Task
@@ -92,7 +93,9 @@ def test_what_is_right_on_dev_prompts_alone_is_not_chosen():
                    **{f"slow{i}": Plant(0.9) for i in range(8)}})  # fmt: skip
     found = stage.run(max_loss=0.2)
     assert chosen(found) == "right"
-    only = Stage({"over": Plant(0.01, 0.0, 1.0), **{f"slow{i}": Plant(1.2, exact=True) for i in range(8)}}).run(max_loss=0.2)
+    only = Stage({"over": Plant(0.01, 0.0, 1.0), **{f"slow{i}": Plant(1.2, exact=True) for i in range(8)}}).run(
+        max_loss=0.2
+    )
     assert only.chosen == BASE
     assert "Nothing faster than plain was confirmed" in only.why
 
@@ -149,9 +152,9 @@ def test_whatever_is_planted_the_choice_keeps_its_promise_and_the_time(plants, b
 def test_a_loss_above_the_budget_is_accepted_no_more_often_than_promised():
     accepted = sum(
         chosen(Stage({f"n{i}": Plant(0.2, 0.15, 0.15) for i in range(3)}, held=150, seed=seed).run(max_loss=0.1)) != "plain"
-        for seed in range(40)
+        for seed in range(30)
     )
-    assert accepted <= 2
+    assert accepted <= 1
 
 
 def test_few_prompts_cannot_show_a_small_loss_and_the_words_say_what_would():
@@ -193,11 +196,41 @@ def test_finalists_are_asked_in_turning_order_and_start_fresh():
     found = stage.run(fresh=lambda: marks.append(len(stage.calls)))
     assert len(marks) == 2
     held = [name for name, number, _ in stage.calls[marks[1] + 1 :] if number >= stage.dev]
-    firsts = {tuple(held[i : i + FINALISTS + 1])[0] for i in range(0, len(held), FINALISTS + 1)}
+    firsts = {held[i] for i in range(0, len(held), FINALISTS + 1)}
     assert firsts == {"plain", "e0", "e1", "e2", "e3"}
     asked = [number for name, number, _ in stage.calls if name == "e0"]
     assert len(asked) == len(set(asked)), "no prompt is asked twice"
     assert chosen(found) == "e0"
+
+
+def test_on_a_real_engine_wrong_and_slowed_methods_lose_and_nothing_lossy_runs_unasked(monkeypatch):
+    import hasten
+    from hasten.bench import splits, tune
+
+    plant(monkeypatch, sly=(Trusting, "exact"), slow=(Slowed, "exact"))
+    llm = hasten.load("mini-ar", cache_bytes=50_000_000)
+    parts = splits.from_suites(llm, ("copy",), max_tokens=32)
+    few = Splits(parts.dev[:2], parts.held_out[:6], parts.what, parts.quality)
+    ran: list[tuple[str, ...]] = []
+
+    def answer(one: Candidate, task: Task) -> Answer:
+        ran.append(one.methods)
+        return tune.runner(llm, 32)(one, task)
+
+    names = (("sly",), ("slow",), ("sly", "prompt-lookup"))
+    claimed = Space(BASE, tuple(Candidate(one, True) for one in names), {})
+    found = search(claimed, few, answer, seconds=60)
+    assert found.chosen == BASE
+    fates = {trial.candidate.methods: trial.fate for trial in found.trials}
+    assert "another text in" in fates["sly",]
+    assert fates["sly", "prompt-lookup"].startswith("failed: ")
+    assert fates["slow",].startswith("no faster")
+    ran.clear()
+    search(Space(BASE, (Candidate(("sly",), False), Candidate(("slow",), True)), {}), few, answer, seconds=60)
+    assert set(ran) == {("plain",), ("slow",)}
+    lossy = search(Space(BASE, (Candidate(("sly",), False),), {}), few, answer, seconds=60, max_loss=0.5)
+    assert lossy.chosen == BASE
+    assert lossy.trials[0].held_out
 
 
 @pytest.mark.parametrize(("seconds", "budget", "field"), [(0.0, 0.0, "seconds"), (9.0, 1.0, "max_quality_loss"),

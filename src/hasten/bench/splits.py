@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 GROUPS = ("chat", "code", "edit", "summary", "context", "arithmetic")  # those of bench/suites.py
 LEAST = 8  # different prompts that a person's file must hold
 _LINES = 100_000
-_PER_GROUP, _DRAWS = 4, 3  # prompts of a group in a draw, and draws: the first is dev
+_DRAWS = 3  # parts of a group's prompts: the first is dev
+_PER_PART = 24  # prompts of a part, shared by the groups
+_PER_GROUP = (24, 12, 8, 4)  # as many of one group as there are
 _DEV, _HELD = 64, 1024  # tasks drawn from worlds
 _KNOWN = 50.0  # percent of right answers from which a small model knows a world
 _ATTEMPTS = 100  # draws per world and wanted task, until a world has no more of this split
@@ -208,6 +211,15 @@ def _draw(llm: LLM, name: str, split: Split, count: int, seed: int, max_tokens: 
     return out
 
 
+def _group(name: str, most: int) -> list[list[str]]:
+    """Parts of one group that share no prompt, of up to `most` prompts or of 4."""
+    for count in _PER_GROUP:
+        if count <= max(most, _PER_GROUP[-1]):
+            with suppress(ConfigError):  # it has not so many
+                return [suites.draws(count, part, (name,))[name] for part in range(_DRAWS)]
+    return [suites.draws(1, part, (name,))[name] for part in range(_DRAWS)]
+
+
 def _verifier(world: World, sample: Sample) -> Callable[[str], bool]:
     return lambda text: world.verify(sample.meta, text) == 1
 
@@ -217,8 +229,8 @@ def _prompts(llm: LLM, names: Sequence[str], seed: int, raw: bool, max_tokens: i
     kept, left = [], []
     for name in names:
         try:
-            for part in range(_DRAWS):
-                drawn[part] += suites.draws(_PER_GROUP, part, (name,))[name]
+            for part, texts in enumerate(_group(name, _PER_PART // len(names))):
+                drawn[part] += texts
             kept.append(name)
         except UnsupportedError:
             if asked:

@@ -334,7 +334,7 @@ class _Search:
         if self._refuted(trial, pairs, "held-out", alpha):
             return False
         if len(pairs) < _LEAST:
-            trial.fate = f"not confirmed: time was up after {len(pairs)} held-out prompts"
+            trial.fate = "not confirmed: time was up"
             return False
         if not trial.candidate.exact and not self._within(trial, alpha):
             most = upper([one.loss for one in pairs], alpha)
