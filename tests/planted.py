@@ -39,7 +39,7 @@ class Slowed(prompt_lookup.PromptLookup):
         super().__init__(prompt_lookup.Config(), context)
 
     def propose(self, rows, budgets):
-        time.sleep(0.01)
+        time.sleep(0.05)
         return super().propose(rows, budgets)
 
 

@@ -41,6 +41,7 @@ class Stage:
     seed: int = 0
     now: float = 0.0
     calls: list[tuple[str, int, float]] = field(default_factory=list)
+    base: Plant = field(default_factory=lambda: Plant(1.0, exact=True))
 
     def run(self, seconds: float = 1e6, max_loss: float = 0.0, **more):
         def task(number: int) -> Task:
@@ -56,7 +57,7 @@ class Stage:
     def answer(self, one: Candidate, task: Task) -> Answer:
         name, number = one.methods[0], task.ids[0]
         self.calls.append((name, number, self.now))
-        plant = self.plants.get(name, Plant(1.0, exact=True))
+        plant = self.plants.get(name, self.base)
         if plant.fails:
             raise ConfigError("it does not like this prompt")
         self.now += plant.seconds
@@ -74,7 +75,7 @@ def test_the_fastest_that_keeps_the_budget_is_chosen_and_the_words_say_so():
     found = stage.run(max_loss=0.2)
     assert chosen(found) == "b"
     assert found.speedup.median == 4.0
-    assert "b answered 48 held-out prompts 4.00 (4.00-4.00) times as fast as plain" in found.why
+    assert "b answered 16 held-out prompts 4.00 (4.00-4.00) times as fast as plain" in found.why
     assert "within the 20.0% allowed" in found.why
     assert chosen(stage.run()) == "c"
     assert {trial.candidate.methods[0]: trial.fate for trial in found.trials}["c"] == "slower on held-out prompts"
@@ -128,11 +129,11 @@ def test_without_a_budget_nothing_lossy_is_run():
 @given(
     st.lists(st.tuples(st.floats(0.05, 3.0), st.sampled_from([0.0, 0.05, 0.3, 1.0]), st.sampled_from([0.0, 0.05, 0.3, 1.0]),
                        st.booleans()), min_size=1, max_size=14),
-    st.sampled_from([0.0, 0.1, 0.25]), st.floats(3.0, 400.0), st.integers(0, 5),
+    st.sampled_from([0.0, 0.1, 0.25]), st.floats(3.0, 400.0), st.integers(0, 5), st.sampled_from([0.0, 0.2, 0.9]),
 )  # fmt: skip
-def test_whatever_is_planted_the_choice_keeps_its_promise_and_the_time(plants, budget, seconds, seed):
+def test_whatever_is_planted_the_choice_keeps_its_promise_and_the_time(plants, budget, seconds, seed, baseline):
     made = {str(i): Plant(s, dev, held, exact) for i, (s, dev, held, exact) in enumerate(plants)}
-    stage = Stage(made, seed=seed)
+    stage = Stage(made, seed=seed, base=Plant(1.0, baseline, baseline, exact=True))
     found = stage.run(seconds=seconds, max_loss=budget)
     assert all(start < seconds for _, _, start in stage.calls)
     assert stage.now <= seconds + max(1.0, *(plant.seconds for plant in made.values()))
@@ -143,9 +144,10 @@ def test_whatever_is_planted_the_choice_keeps_its_promise_and_the_time(plants, b
     plant = made[name]
     seen = [number for who, number, _ in stage.calls if who == name and number >= stage.dev]
     wrong = [random.Random(f"{seed} {name} {number}").random() < plant.held for number in seen]
+    before = [random.Random(f"{seed} plain {number}").random() < baseline for number in seen]
     assert 1 / plant.seconds >= FASTER - 1e-9
     assert len(seen) >= 4
-    assert sum(wrong) == 0 if plant.exact else sum(wrong) <= budget * len(seen)
+    assert wrong == before if plant.exact else sum(wrong) - sum(before) <= budget * len(seen) + 1e-9
     assert plant.exact or budget > 0
 
 
@@ -155,6 +157,32 @@ def test_a_loss_above_the_budget_is_accepted_no_more_often_than_promised():
         for seed in range(30)
     )
     assert accepted <= 1
+
+
+def test_the_baseline_is_asked_where_it_is_needed_and_no_gain_or_loss_is_made_up():
+    stage = Stage({"a": Plant(0.1, 0.0, 0.1), "b": Plant(0.2)}, held=80, base=Plant(1.0, 0.0, 0.5, exact=True))
+    found = stage.run(max_loss=0.12)
+    asked = {
+        who: {number for name, number, _ in stage.calls if name == who and number >= 40} for who in ("plain", "a", "b")
+    }
+    wrong = {number for number in asked["a"] if random.Random(f"0 a {number}").random() < 0.1}
+    turns = set(range(40, 56))
+    assert asked["a"] == asked["b"] >= turns
+    assert asked["plain"] == turns | wrong
+    assert wrong - turns
+    worse = {number for number in range(40, 120) if random.Random(f"0 plain {number}").random() < 0.5}
+    for one, bad in zip(found.to_dict()["tried"], (wrong, set()), strict=True):
+        most = sum((number in bad) - (number in worse and number in asked["plain"]) for number in asked["a"])
+        assert one["held_out"]["loss"] == pytest.approx(most / len(asked["a"]), abs=1e-4)
+        assert one["held_out"]["timed"] == 16
+
+
+def test_without_a_verifier_the_baseline_answers_every_prompt():
+    stage = Stage({"a": Plant(0.1), "b": Plant(0.2, exact=True)}, verified=False)
+    stage.run(max_loss=0.2)
+    held = [{number for name, number, _ in stage.calls if name == who and number >= 40} for who in ("plain", "a", "b")]
+    assert held[0] == held[1] == set(range(40, 88))
+    assert held[2] == set(range(40, 56)), "an exact one leaves the time to those that need it"
 
 
 def test_few_prompts_cannot_show_a_small_loss_and_the_words_say_what_would():

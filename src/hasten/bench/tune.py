@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from difflib import SequenceMatcher
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from hasten.bench.bounds import above, below, lower, upper
 from hasten.bench.candidates import Candidate, Space
 from hasten.bench.report import Progress, Spread
 from hasten.bench.splits import Splits, Task
+from hasten.bench.trials import Answer, Finding, Pair, Trial, pair, speedup, timed
 from hasten.errors import HastenError, out_of_range
 
 if TYPE_CHECKING:
@@ -30,113 +29,13 @@ ALPHA = 0.05  # chance that any lossy combination is confirmed that loses more t
 FINALISTS = 4
 FASTER = 1.05  # a ratio below this may be noise
 _SEARCH = 0.4  # share of the time for the search; the rest is for confirming
-_ROUNDS = 5  # consecutive parts of the prompts, each with a ratio of its own: the spread
 _ENOUGH = 48  # held-out prompts after which confirming ends, where every combination is decided
 _LEAST = 4  # held-out prompts without which nothing is confirmed
-_EXACT = 16  # held-out prompts for an exact combination beside lossy ones, which need the time: one wrong token decides it
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """One answer: its tokens and text, and the seconds of the whole request."""
-
-    tokens: tuple[int, ...]
-    text: str
-    seconds: float
+_TIMED = 16  # held-out prompts on which all take turns, where lossy ones need many more for their quality alone
+_TURNS = 0.35  # share of the time for confirming after which there are no more turns, if there were `_LEAST`
 
 
 Answerer = Callable[[Candidate, Task], Answer]
-
-
-class Pair(NamedTuple):
-    """One prompt answered by the baseline and by a candidate: seconds and quality in [0, 1] of both."""
-
-    base_s: float
-    own_s: float
-    base_quality: float
-    quality: float
-
-    @property
-    def loss(self) -> float:
-        """Quality the candidate lost, in [-1, 1]."""
-        return self.base_quality - self.quality
-
-
-@dataclass(slots=True, eq=False)
-class Trial:
-    """What became of one candidate: its answers to dev and held-out prompts, and why it was not chosen ("" if it was)."""
-
-    candidate: Candidate
-    dev: list[Pair] = field(default_factory=list)
-    held_out: list[Pair] = field(default_factory=list)
-    fate: str = "not tried: time was up"
-    failed: bool = False
-
-    @property
-    def best(self) -> list[Pair]:
-        """The held-out answers, else those to dev prompts."""
-        return self.held_out or self.dev
-
-    def to_dict(self) -> dict[str, Any]:
-        """The trial as JSON-ready values."""
-        return {
-            "method": list(self.candidate.methods),
-            "exact": self.candidate.exact,
-            "dev": figures(self.dev),
-            "held_out": figures(self.held_out),
-            "fate": self.fate or "chosen",
-        }
-
-
-def figures(pairs: Sequence[Pair]) -> dict[str, Any] | None:
-    """Prompts, speed and quality of some answers, JSON-ready; None without any."""
-    if not pairs:
-        return None
-    return {
-        "prompts": len(pairs),
-        "speedup": speedup(pairs).to_dict(),
-        "quality": round(sum(one.quality for one in pairs) / len(pairs), 4),
-        "baseline_quality": round(sum(one.base_quality for one in pairs) / len(pairs), 4),
-    }
-
-
-def speedup(pairs: Sequence[Pair]) -> Spread:
-    """The baseline's time divided by the candidate's, for each of up to five consecutive parts of the prompts."""
-    rounds = min(_ROUNDS, len(pairs))
-    parts = [pairs[len(pairs) * i // rounds : len(pairs) * (i + 1) // rounds] for i in range(rounds)]
-    return Spread.of([sum(one.base_s for one in part) / max(1e-9, sum(one.own_s for one in part)) for part in parts])
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What a search came to: the `chosen` candidate (the baseline where nothing better was confirmed), `why` in words."""
-
-    chosen: Candidate
-    baseline: Candidate
-    speedup: Spread
-    max_loss: float
-    trials: tuple[Trial, ...]
-    why: str
-    prompts: str
-    quality_is: str
-    left_out: Mapping[str, str]
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """The finding as JSON-ready values."""
-        return {
-            "method": list(self.chosen.methods),
-            "exact": self.chosen.exact,
-            "baseline": list(self.baseline.methods),
-            "speedup": self.speedup.to_dict(),
-            "max_quality_loss": self.max_loss,
-            "why": self.why,
-            "prompts": self.prompts,
-            "quality_is": self.quality_is,
-            "seconds": round(self.seconds, 1),
-            "tried": [trial.to_dict() for trial in self.trials],
-            "left_out": dict(self.left_out),
-        }
 
 
 def runner(llm: LLM, max_tokens: int, clock: Callable[[], float] = time.perf_counter) -> Answerer:
@@ -242,7 +141,7 @@ class _Search:
 
         Two places are for the fastest exact one and the lossy one that lost least: what there is to fall back to.
         """
-        standing = [trial for trial in live if trial.dev and not self._refuted(trial, trial.dev, "dev", ALPHA)]
+        standing = [trial for trial in live if timed(trial.dev) and not self._refuted(trial, trial.dev, "dev", ALPHA)]
         ranked = sorted(standing, key=lambda trial: (self._over(trial.dev), -speedup(trial.dev).median))
         exact = [trial for trial in ranked if trial.candidate.exact][:1]
         lossy = [trial for trial in ranked if not trial.candidate.exact]
@@ -261,13 +160,14 @@ class _Search:
         end = self.start + self.seconds
         self.fresh()
         self._warm(end)
-        live = list(finalists)
+        live, begun = list(finalists), self.clock()
         for i, task in enumerate(self.splits.held_out):
-            if not live or not self._row(task, live, "held_out", end, "confirming"):
+            lossy = [trial for trial in live if not trial.candidate.exact]
+            over = i >= _TIMED or (i >= _LEAST and self.clock() >= begun + _TURNS * (end - begun))
+            asked = lossy if lossy and over else live
+            if not live or not self._row(task, asked, "held_out", end, "confirming", turns=asked is live):
                 break
             live = [trial for trial in live if not self._refuted(trial, trial.held_out, "held-out", alpha)]
-            if i + 1 >= _EXACT and any(not trial.candidate.exact for trial in live):
-                live = [trial for trial in live if not trial.candidate.exact]
             if i + 1 >= _ENOUGH and all(trial.candidate.exact or self._within(trial, alpha) for trial in live):
                 break
 
@@ -276,17 +176,23 @@ class _Search:
         if self.splits.held_out and self.clock() < limit:
             self.answer(self.space.baseline, self.splits.dev[0] if self.splits.dev else self.splits.held_out[0])
 
-    def _row(self, task: Task, live: Sequence[Trial], part: str, limit: float, what: str) -> bool:
-        """One prompt answered by the baseline and all that are `live`, in turning order; False when time was up before."""
+    def _row(self, task: Task, live: Sequence[Trial], part: str, limit: float, what: str, *, turns: bool = True) -> bool:
+        """One prompt answered by all that are `live` and by the baseline, in turning order; False when time was up before.
+
+        Without `turns` the baseline comes last, and only where it is needed to judge the others: not where a verifier finds
+        all of them right, since none of those can have lost anything.
+        """
         order: list[Trial | None] = [None, *(trial for trial in live if not trial.failed)]
-        shift = self.turn % len(order)
-        self.turn += 1
+        shift = self.turn % len(order) if turns else 1
+        self.turn += turns
         base: Answer | None = None
         answers: list[tuple[Trial, Answer]] = []
         in_time = True
         for trial in order[shift:] + order[:shift]:
             now = self.clock()
             self.progress(what, min(int(now - self.start), int(self.seconds)), int(self.seconds))
+            if trial is None and not turns and task.verify is not None and all(task.verify(one.text) for _, one in answers):
+                continue
             if now >= limit:
                 in_time = False
                 break
@@ -297,10 +203,10 @@ class _Search:
                 answers.append((trial, self.answer(trial.candidate, task)))
             except HastenError as error:
                 trial.failed, trial.fate = True, f"failed: {error.message}"
-        if base is not None:
-            for trial, own in answers:
-                pair = Pair(base.seconds, own.seconds, *_qualities(task, base, own, trial.candidate.exact))
-                (trial.dev if part == "dev" else trial.held_out).append(pair)
+        for trial, own in answers:
+            found = pair(task, own, base, trial.candidate.exact, turns)
+            if found is not None:
+                (trial.dev if part == "dev" else trial.held_out).append(found)
         return in_time
 
     # --- judging ---
@@ -333,14 +239,15 @@ class _Search:
         pairs = trial.held_out
         if self._refuted(trial, pairs, "held-out", alpha):
             return False
-        if len(pairs) < _LEAST:
+        both = timed(pairs)
+        if len(both) < _LEAST:
             trial.fate = "not confirmed: time was up"
             return False
         if not trial.candidate.exact and not self._within(trial, alpha):
             most = upper([one.loss for one in pairs], alpha)
             trial.fate = f"may lose up to {most:.1%}"
             return False
-        ratio = min(speedup(pairs).median, sum(one.base_s for one in pairs) / sum(one.own_s for one in pairs))
+        ratio = min(speedup(pairs).median, sum(one[0] for one in both) / max(1e-9, sum(one[1] for one in both)))
         if ratio < FASTER:
             trial.fate = f"no faster in all ({ratio:.2f}x)"
             return False
@@ -353,24 +260,25 @@ class _Search:
         said = []
         if best is None:
             said.append(f"Nothing faster than {self.space.baseline} was confirmed within these bounds, so it stays.")
-            for trial in sorted(finalists, key=lambda one: -speedup(one.best).median if one.best else 0.0)[:1]:
+            for trial in sorted(finalists, key=lambda one: -speedup(one.best).median if timed(one.best) else 0.0)[:1]:
                 said.append(f"The nearest, {trial.candidate}: {trial.fate}.")
         else:
-            pairs = best.held_out
+            pairs, both = best.held_out, timed(best.held_out)
             said.append(
-                f"{best.candidate} answered {len(pairs)} held-out prompts {speedup(pairs)} times as fast as "
+                f"{best.candidate} answered {len(both)} held-out prompts {speedup(pairs)} times as fast as "
                 f"{self.space.baseline} (median, least-greatest)"
             )
             if best.candidate.exact:
                 said[0] += ", with the same tokens in every one."
             else:
-                base, own = (sum(getattr(one, name) for one in pairs) for name in ("base_quality", "quality"))
-                most = upper([one.loss for one in pairs], alpha)
+                own, base = sum(one.quality for one in pairs) / len(pairs), sum(one[2] for one in both) / len(both)
+                most = max(0.0, upper([one.loss for one in pairs], alpha))
                 said[0] += (
-                    f". Quality {own / len(pairs):.1%} against {base / len(pairs):.1%}; with {1 - ALPHA:.0%} confidence it "
-                    f"loses at most {max(0.0, most):.1%}, within the {self.max_loss:.1%} allowed."
+                    f". Quality {own:.1%} on {len(pairs)} prompts, that of {self.space.baseline} {base:.1%} on the "
+                    f"{len(both)}; with {1 - ALPHA:.0%} confidence it loses at most {most:.1%}, within the "
+                    f"{self.max_loss:.1%} allowed."
                 )
-        auto = next((one for one in finalists if one.candidate.methods == ("auto",) and one.held_out), None)
+        auto = next((one for one in finalists if one.candidate.methods == ("auto",) and timed(one.held_out)), None)
         if auto is not None and auto is not best:
             said.append(f"auto, the default: {speedup(auto.held_out)}.")
         most_rows = max((len(one.held_out) for one in finalists if not one.candidate.exact), default=0)
@@ -382,16 +290,6 @@ class _Search:
                     "minutes, more prompts or a larger budget would let lossy methods take part."
                 )
         return " ".join(said)
-
-
-def _qualities(task: Task, base: Answer, own: Answer, exact: bool) -> tuple[float, float]:
-    """Quality of the baseline's and of the candidate's answer, in [0, 1]: equality for exact ones, else right or wrong,
-    else the share of tokens in common, in order (2 M / T of difflib)."""
-    if exact:
-        return 1.0, float(own.tokens == base.tokens)
-    if task.verify is not None:
-        return float(task.verify(base.text)), float(task.verify(own.text))
-    return 1.0, SequenceMatcher(None, base.tokens, own.tokens, autojunk=False).ratio()
 
 
 def profile_of(llm: LLM, found: Finding, **measured: Any) -> Profile:

@@ -21,7 +21,7 @@ from hasten.cli._shared import (
 from hasten.errors import ConfigError, out_of_range
 
 if TYPE_CHECKING:
-    from hasten.bench.tune import Finding, Trial
+    from hasten.bench.trials import Finding, Trial
 
 _MOST_MINUTES = 24 * 60
 
@@ -150,7 +150,7 @@ def _table(found: Finding) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from hasten.bench.tune import speedup
+    from hasten.bench.trials import speedup, timed
 
     table = Table("combination", "asked", "speed", "quality", "what became of it", box=SIMPLE)
     for column in table.columns:
@@ -158,7 +158,7 @@ def _table(found: Finding) -> None:
     for trial in sorted(found.trials, key=lambda one: (one.fate != "", -len(one.held_out), -len(one.dev))):
         pairs = trial.best
         asked = f"{len(pairs)} {'held-out' if trial.held_out else 'dev'}" if pairs else "-"
-        speed = f"{speedup(pairs)}x" if pairs else "-"
+        speed = f"{speedup(pairs)}x" if timed(pairs) else "-"
         cells = ("\n+ ".join(trial.candidate.methods), asked, speed, _quality(trial), trial.fate or "chosen")
         table.add_row(*(Text(cell) for cell in cells))
     Console().print(table)
@@ -172,4 +172,5 @@ def _quality(trial: Trial) -> str:
     own = sum(one.quality for one in pairs)
     if trial.candidate.exact:
         return f"{own:.0f} of {len(pairs)} the same"
-    return f"{own / len(pairs):.1%}, baseline {sum(one.base_quality for one in pairs) / len(pairs):.1%}"
+    lost = sum(one.loss for one in pairs) / len(pairs)
+    return f"{own / len(pairs):.1%}, {'lost' if lost >= 0 else 'gained'} {abs(lost):.1%}"
