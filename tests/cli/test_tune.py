@@ -103,6 +103,37 @@ def test_serve_answers_with_the_profile_or_names_the_command(hasten, tmp_path):
     assert asyncio.run(ask())["choices"][0]["message"]["content"].startswith("cat")
 
 
+def test_a_server_whose_default_is_tuned_does_not_start_without_a_profile(hasten):
+    result = hasten("serve", "mini-ar", "--method", "tuned", "--port", "0")
+    assert result.code == 2
+    assert "hasten tune mini-ar" in result.err
+
+
+def test_what_was_found_is_printed_where_it_cannot_be_stored(hasten, tmp_path, monkeypatch):
+    from hasten.models import tuned
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tuned, "write", full)
+    result = hasten("tune", "mini-ar", "--prompts", file(tmp_path), "--minutes", "0.005", "--candidates", "2")
+    assert result.code == 1
+    assert "chosen: --method" in result.out
+    assert "could not be stored (No space left on device)" in result.err
+
+
+def test_every_option_has_a_help_text_and_stands_on_the_command_page():
+    from typer.main import get_command
+
+    from hasten.cli import app
+
+    command = get_command(app).commands["tune"]
+    section = (GUIDE.parents[1] / "cli.md").read_text(encoding="utf-8").split("## hasten tune")[1].split("\n## ")[0]
+    for one in command.params:
+        assert one.help
+        assert one.name.upper() in section or f"`{one.opts[0]}" in section
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -18,7 +18,7 @@ from hasten.cli._shared import (
     open_model,
     progress_bar,
 )
-from hasten.errors import ConfigError, out_of_range
+from hasten.errors import ConfigError, HastenError, out_of_range
 
 if TYPE_CHECKING:
     from hasten.bench.trials import Finding, Trial
@@ -102,10 +102,13 @@ def tune(
             progress=progress,
             fresh=llm.forget,
         )
-    path = None
+    path, fault = None, None
     if not no_save:
         settings = {"max_tokens": max_tokens, "seed": seed, "minutes": minutes, "candidates": candidates}
-        path = tuned.write(tuning.profile_of(llm, found, **settings), llm.model, llm.name)
+        try:
+            path = tuned.write(tuning.profile_of(llm, found, **settings), llm.model, llm.name)
+        except OSError as error:  # what was found is printed all the same
+            fault = error
     if json:
         typer.echo(
             as_json(
@@ -117,8 +120,17 @@ def tune(
                 }
             )
         )
-        return
-    typer.echo(f"{llm.name} on {tuned.machine(llm.model)}")
+    else:
+        _print(llm.name, found, tuned.machine(llm.model), max_tokens, path)
+    if fault is not None:
+        raise HastenError(
+            f"the profile could not be stored ({fault.strerror or fault})", hint="name the methods with --method instead"
+        )
+
+
+def _print(name: str, found: Finding, machine: str, max_tokens: int, path: Path | None) -> None:
+    """The finding for people."""
+    typer.echo(f"{name} on {machine}")
     typer.echo(f"asked: {found.prompts}, up to {max_tokens} tokens an answer; quality: {found.quality_is}")
     _table(found)
     if found.left_out:
