@@ -3,8 +3,8 @@
 Successive halving (Jamieson and Talwalkar, 1502.07943): every candidate answers a few dev prompts, the better half answers
 twice as many, until four are left. These answer held-out prompts, and the fastest of those that keep the promise is chosen.
 The promise: an exact combination gives the baseline's tokens, all of them; a lossy one loses no more quality than allowed,
-by an upper bound at 95 percent that counts chance and the number of lossy combinations it was asked of. The baseline
-answers every prompt too, in turn with the others, so that speed is a ratio within one run. Where nothing holds it stays.
+by an upper bound at 95 percent that counts chance and the number of lossy combinations it was asked of. The baseline takes
+its turn with the others, so that speed is a ratio within one run. Where nothing holds it stays.
 """
 
 from __future__ import annotations
@@ -33,8 +33,6 @@ _ENOUGH = 48  # held-out prompts after which confirming ends, where every combin
 _LEAST = 4  # held-out prompts without which nothing is confirmed
 _TIMED = 16  # held-out prompts on which all take turns, where lossy ones need many more for their quality alone
 _TURNS = 0.35  # share of the time for confirming after which there are no more turns, if there were `_LEAST`
-
-
 Answerer = Callable[[Candidate, Task], Answer]
 
 
