@@ -218,6 +218,13 @@ def test_time_is_shared_and_the_rest_is_said_not_to_be_tried():
     assert found.seconds == stage.now
 
 
+@pytest.mark.parametrize(("seconds", "confirmed"), [(3.0, False), (4.2, False), (6.0, True)])
+def test_too_few_held_out_prompts_confirm_nothing(seconds, confirmed):
+    found = Stage({"quick": Plant(0.1, exact=True)}).run(seconds=seconds)
+    assert (chosen(found) == "quick") is confirmed
+    assert found.trials[0].fate == ("" if confirmed else "not confirmed: time was up")
+
+
 def test_finalists_are_asked_in_turning_order_and_start_fresh():
     marks: list[int] = []
     stage = Stage({f"e{i}": Plant(0.5 + i / 40, exact=True) for i in range(12)})
