@@ -26,8 +26,11 @@ TRAINED = ("aded", "fspad")  # and with those of these that were made for the mo
 def combine(names: tuple[str, ...], context: MethodContext, cost: Callable[[], PassCost]) -> Parts:
     """The parts that these methods make together on one model; `cost` tells what its passes cost, where drafts are made.
 
-    Raises UnknownNameError, UnsupportedError (planned), IncompatibleError naming both sides.
+    "tuned" stands for the combination that `hasten tune` found for this model on this machine.
+    Raises UnknownNameError, UnsupportedError (planned), IncompatibleError naming both sides, and as `models.tuned.read`.
     """
+    if "tuned" in (given := [registry.parse(name)[0] for name in names]):
+        return combine(_tuned(names, given, context), context, cost)
     masked = context.capabilities.kind == "masked"
     if masked:
         names = registry.expand(names)
@@ -69,6 +72,18 @@ def combine(names: tuple[str, ...], context: MethodContext, cost: Callable[[], P
         measured=True,
         method=tuple(slugs),
     )
+
+
+def _tuned(names: tuple[str, ...], slugs: Sequence[str], context: MethodContext) -> tuple[str, ...]:
+    """The methods of the profile; "tuned" goes with no other method, and has no settings."""
+    from hasten.models.tuned import read
+
+    if len(names) > 1:
+        other = next((slug for slug in slugs if slug != "tuned"), "tuned")
+        raise IncompatibleError(f"method 'tuned' cannot be combined with {other!r}", field="method")
+    if registry.parse(names[0])[1]:
+        raise ConfigError("'tuned' stands for the methods of a profile; give settings to those", field="method")
+    return read(context.backbone, context.model).method
 
 
 def _auto(context: MethodContext) -> tuple[str, ...]:

@@ -144,8 +144,9 @@ class LLM:
         """Continue `prompt` (text or token ids): an Output; a list of Outputs when n > 1 or for a list of prompts
         (a list of lists for both). Prompts of a list run together and do not influence one another.
 
-        `method`: "auto" (exact methods only), "plain", a slug ("prompt-lookup", with settings "prompt-lookup:nodes=4"),
-        or a list of them. `grammar`: the form of the answer, a Grammar, or a JSON schema as a mapping.
+        `method`: "auto" (exact methods only), "plain", "tuned" (what `hasten tune` found for this model on this machine), a
+        slug ("prompt-lookup", with settings "prompt-lookup:nodes=4"), or a list of slugs. `grammar`: the form of the
+        answer, a Grammar, or a JSON schema as a mapping.
         Raises ConfigError naming the field, ContextLengthError, MemoryFitError.
         """
         many = not isinstance(prompt, str) and len(prompt) > 0 and not isinstance(prompt[0], int)

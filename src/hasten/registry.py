@@ -95,7 +95,7 @@ def module(slug: str) -> ModuleType:
                 hint="`hasten methods` lists what works",
                 field="method",
             )
-        raise unknown_name("method", slug, {*modules(), *planned, "auto", "plain"}, "`hasten methods` lists all")
+        raise unknown_name("method", slug, {*modules(), *planned, "auto", "plain", "tuned"}, "`hasten methods` lists all")
     return importlib.import_module(name)
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hasten.cli._shared import Activations, Backbone, Cache, Dtype, Threads, Weights, check_methods
 from hasten.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hasten.llm import LLM
 
 
 def register(app: typer.Typer) -> None:
@@ -77,6 +82,8 @@ def serve(
         for option, value in (("--replicas", replicas), ("--ray-address", ray_address)):
             if value is not None:
                 raise ConfigError(f"{option} is for --ray", hint="add --ray", field=option.strip("-"))
+        if "tuned" in chosen:
+            sources = {name: partial(_with_parts, load, chosen) for name, load in sources.items()}
         run(sources, settings, log_level=log_level, log_json=log_json)
         return
     from hasten.serve.replicas import run_replicas
@@ -92,6 +99,13 @@ def serve(
         log_level=log_level,
         log_json=log_json,
     )
+
+
+def _with_parts(load: Callable[[], LLM], methods: tuple[str, ...]) -> LLM:
+    """The model, once it is known that these methods can be used on it: here, not with every request."""
+    llm = load()
+    llm.parts(methods)
+    return llm
 
 
 def _pair(text: str) -> tuple[str, str]:

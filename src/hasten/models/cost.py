@@ -91,23 +91,26 @@ def measure(model: NativeStack, budget_s: float = _BUDGET_S) -> PassTimes:
     return PassTimes(times)
 
 
-def _key(model: NativeStack) -> str:
-    """What a measurement holds for, besides the model itself."""
-    processor = platform.machine()
+def processor() -> str:
+    """The processor's name as the system tells it, else its architecture."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-        processor = next(line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name"))
+        return next(line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name"))
     except (OSError, StopIteration):
-        pass
+        return platform.machine()
+
+
+def machine_key(model: NativeStack) -> str:
+    """What a measurement holds for, besides the model itself."""
     threads = library.native().hasten_threads()
     layouts = sorted({one.layout for one in model.weights.matrices.values()})
-    return f"{processor}, {library.level()}, {threads} threads, {model.activations}, cache {model.cache_type}, {layouts}"
+    return f"{processor()}, {library.level()}, {threads} threads, {model.activations}, cache {model.cache_type}, {layouts}"
 
 
 def profile(model: NativeStack, name: str) -> PassTimes:
     """The profile of this model on this machine: read, or measured and written. A file that cannot be read is made anew."""
     place = cache_dir() / "profiles" / f"{identity(model, name)}.json"
-    key = _key(model)
+    key = machine_key(model)
     known: dict[str, object] = {}
     try:
         stored = json.loads(place.read_text(encoding="utf-8"))
