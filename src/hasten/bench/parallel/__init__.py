@@ -1,0 +1,1 @@
+"""What the suite `hasten.bench.parallelbench` is made of: tasks, metrics, theory, an oracle with exact conditionals."""
