@@ -89,8 +89,8 @@ def canvases() -> str:
         rows.append((f"{name} (" + ", ".join(f"`{method}`" for method in methods) + ")", *cells))
     heads = [head for size in result["canvases"] for head in (f"{size}: speed", f"{size}: forwards", f"{size}: right, %")]
     text = (
-        f"{result['model']} on canvases of {' and '.join(result['canvases'])} tokens, against the reference sampler without "
-        f"a cache; medians over seeds, every answer verified. {_machine(result['machine'])}; "
+        f"{result['model']} on canvases of {' and '.join(result['canvases'])} tokens, against the reference sampler "
+        f"without a cache; medians over seeds, every answer verified. {_machine(result['machine'])}; "
         "[by world](diffusion.md#measured)."
     )
     return f"{text}\n\n{table(('method', *heads), rows)}"

@@ -138,7 +138,14 @@ def canvas() -> str:
     commits = [event for event in events if event.kind == "commit" and event.position < end]
     last, steps = end - 1, sorted({event.step for event in commits})
     w, left, top = 22, 100, 58
-    parts = [text(20, 28, "the first block of mini-dlm's answer to “records: 21 bob 31;22 eve 25”, threshold 0.9; · is a mask", "s")]
+    parts = [
+        text(
+            20,
+            28,
+            "the first block of mini-dlm's answer to “records: 21 bob 31;22 eve 25”, threshold 0.9; · is a mask",
+            "s",
+        )
+    ]
     known: dict[int, str] = {}
     for i, step in enumerate(steps):
         new = {event.position: event for event in commits if event.step == step}

@@ -12,6 +12,8 @@ from types import ModuleType
 import pytest
 from source_tree import ROOT
 
+from hasten.registry import modules
+
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md")])
 LINK = re.compile(r"\[[^\]]*\]\((?![a-z]+:|#)([^)#]+)(?:#[^)]*)?\)")
 
@@ -62,3 +64,12 @@ def test_the_command_page_names_every_option_that_help_prints():
 def test_links_inside_the_repository_lead_somewhere(page):
     targets = LINK.findall(page.read_text(encoding="utf-8"))
     assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("slug", [slug for slug, name in modules().items() if name.startswith("hasten.")])
+def test_the_page_of_a_method_says_how_it_works_and_when_it_does_not_help(slug):
+    text = (ROOT / "docs" / "methods" / f"{slug}.md").read_text(encoding="utf-8")
+    for heading in ("How it works", "Where it does not help"):
+        assert text.count(f"\n## {heading}\n") == 1
+        section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+        assert len(section.split()) > 15, f"{slug}: {heading}"
