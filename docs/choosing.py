@@ -8,6 +8,7 @@ from typing import Any
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "bench" / "results"
+TO = "\u2011"  # a hyphen at which no line breaks
 FOLDERS = {
     "draft": ("Drafters", "guess tokens that the model then checks in one pass; for models that write from left to right"),
     "unmask": ("Filling a canvas", "decide which predictions become final; for masked-diffusion models"),
@@ -47,12 +48,12 @@ def drafters() -> str:
             best = max(1.0, *(one["mean"] for one in speeds.values()))
             cells = []
             for one in speeds.values():
-                words = f"{one['mean']:.2f}x ({one['low']:.2f}-{one['high']:.2f})"
-                cells.append(f"**{words}**" if one["mean"] == best else words)
+                mean = f"**{one['mean']:.2f}x**" if one["mean"] == best else f"{one['mean']:.2f}x"
+                cells.append(f"{mean}<br>{one['low']:.2f}{TO}{one['high']:.2f}")
             rows.append((group, setup, *cells))
     text = (
         f"Decoding of smollm2-135m, greedy, batch 1: the time of plain decoding divided by that of the method; mean over "
-        f"{result['prompts_per_group']} prompts, quartiles in brackets, the best above 1 in bold. "
+        f"{result['prompts_per_group']} prompts, quartiles below, the best above 1 in bold. "
         f"{_machine(result['machine'])}; [all figures](speculative.md#measured)."
     )
     return f"{text}\n\n{table(('task', 'activations', *(f'`{name}`' for name in names)), rows)}"
@@ -83,14 +84,14 @@ def canvases() -> str:
             one = arms[name]
             cells += [
                 f"{one['speedup']['median']:.1f}x",
-                f"{one['nfe']['median']:g}",
-                f"{one['accuracy']['median']:g} ({one['accuracy']['min']:g}-{one['accuracy']['max']:g})",
+                f"{one['nfe']['median']:.1f}",
+                f"{one['accuracy']['median']:g}<br>{one['accuracy']['min']:g}{TO}{one['accuracy']['max']:g}",
             ]
         rows.append((f"{name} (" + ", ".join(f"`{method}`" for method in methods) + ")", *cells))
     heads = [head for size in result["canvases"] for head in (f"{size}: speed", f"{size}: forwards", f"{size}: right, %")]
     text = (
         f"{result['model']} on canvases of {' and '.join(result['canvases'])} tokens, against the reference sampler "
-        f"without a cache; medians over seeds, every answer verified. {_machine(result['machine'])}; "
+        f"without a cache; medians over seeds, least and greatest below, every answer verified. {_machine(result['machine'])}; "
         "[by world](diffusion.md#measured)."
     )
     return f"{text}\n\n{table(('method', *heads), rows)}"

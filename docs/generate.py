@@ -108,11 +108,11 @@ def card(slug: str) -> str:
     paper = f"arXiv {facts.paper}, " if facts.paper else ""
     lines = [
         f"**{facts.title}** ({paper}{facts.date}). Plugs into `{facts.plugs_into}`; {facts.exactness}.",
-        f"Claim: {facts.claim}",
-        f"Does not help: {facts.no_help}",
-        *([f"Measured here: [{result}](../results.md#{slug})."] if result else []),
-        *([f"Needs from the model: {', '.join(facts.needs)}."] if facts.needs else []),
-        *([f"Cannot be combined with: {', '.join(facts.conflicts)}."] if facts.conflicts else []),
+        f"**Claim**: {facts.claim}",
+        f"**Does not help**: {facts.no_help}",
+        *([f"**Measured here**: [{result}](../results.md#{slug})."] if result else []),
+        *([f"**Needs from the model**: {', '.join(facts.needs)}."] if facts.needs else []),
+        *([f"**Cannot be combined with**: {', '.join(facts.conflicts)}."] if facts.conflicts else []),
         *([table(("setting", "meaning"), [(f"`{k}`", v) for k, v in facts.knobs.items()])] if facts.knobs else []),
     ]
     return "<!-- card -->\n" + "\n\n".join(lines) + "\n<!-- /card -->"
