@@ -91,8 +91,8 @@ def canvases() -> str:
     heads = [head for size in result["canvases"] for head in (f"{size}: speed", f"{size}: forwards", f"{size}: right, %")]
     text = (
         f"{result['model']} on canvases of {' and '.join(result['canvases'])} tokens, against the reference sampler "
-        f"without a cache; medians over seeds, least and greatest below, every answer verified. {_machine(result['machine'])}; "
-        "[by world](diffusion.md#measured)."
+        "without a cache; medians over seeds, least and greatest below, every answer verified. "
+        f"{_machine(result['machine'])}; [by world](diffusion.md#measured)."
     )
     return f"{text}\n\n{table(('method', *heads), rows)}"
 

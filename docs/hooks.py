@@ -36,6 +36,7 @@ GROUPS: Mapping[str, str] = {
     "privacy": "Privacy",
     "": "Measuring",
 }  # method folder -> its heading; "" is for pages of works that are no method
+_REMARK = re.compile(r"\A<!--.*?-->\s*", re.DOTALL)
 _REMOTE = re.compile(r"https://unpkg\.com/[^\"'`]+")
 
 
@@ -68,7 +69,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Result files lie beside docs/ in the repository and inside it on the site."""
+    """The remark above a generated page goes, so that its heading names it; result files lie inside docs/ on the site."""
+    markdown = _REMARK.sub("", markdown)
     return markdown.replace("](../bench/results/", "](bench/results/").replace("](../../bench/", "](../bench/")
 
 
