@@ -42,16 +42,17 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 def _row(parameter: inspect.Parameter, hint: Any) -> tuple[str, str, str]:
     """Name, default and help of one argument or option, from its annotation and default in the command's function."""
     kind, info = get_args(hint)
+    words = str(info.help).replace("<", "&lt;")
     if isinstance(info, typer.models.ArgumentInfo):
         name = parameter.name.upper()
-        return f"`{name}`" if parameter.default is parameter.empty else f"`[{name}]`", "", str(info.help)
+        return f"`{name}`" if parameter.default is parameter.empty else f"`[{name}]`", "", words
     name = info.param_decls[0] if info.param_decls else "--" + parameter.name.replace("_", "-")
     if kind is bool:
-        return f"`{name}`", "", str(info.help)
+        return f"`{name}`", "", words
     kinds = [k for k in (kind, *get_args(kind)) if k in (int, float, str)]
     value = "TEXT" if not kinds or kinds[0] is str else "INTEGER" if kinds[0] is int else "NUMBER"
-    default = "" if parameter.default in (None, "") else f"`{parameter.default}`"
-    return f"`{name} {value}`", default, str(info.help)
+    default = "" if parameter.default in (None, "", parameter.empty) else f"`{parameter.default}`"
+    return f"`{name} {value}`", default, words
 
 
 def cli() -> str:

@@ -18,6 +18,12 @@ from source_tree import ROOT
 DOCS = ROOT / "docs"
 FETCHED = {"src", "srcset", "data", "poster", "action", "background"}  # attributes whose address a browser fetches
 LINKS = {"stylesheet", "icon", "preload", "prefetch", "preconnect", "dns-prefetch", "modulepreload", "manifest"}
+TAGS = set(
+    "a article b body br button circle code dd details div dl dt em figure footer form g h1 h2 h3 h4 h5 h6 head header "
+    "hr html i img input label li line link main meta nav noscript ol p path pre rect script section small span strong "
+    "style sub summary sup svg table tbody td template text th thead time title tr ul"
+    .split()
+)  # fmt: skip
 ADDRESS = re.compile(r"""(?:https?:)?//[^\s"'`<>()\\,;]+""")
 
 
@@ -27,12 +33,14 @@ class Page(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()
         self.ids: set[str] = set()
+        self.tags: set[str] = set()
         self.links: list[str] = []
         self.fetched: list[str] = []
         self._style = False
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
         values = {name: value or "" for name, value in attrs}
         self.ids |= {values[name] for name in ("id", "name") if name in values}
         self._style = tag == "style"
@@ -84,6 +92,11 @@ def test_every_page_of_the_documentation_is_on_the_site(site, pages):
     home = pages[site / "index.html"]
     reached = {urldefrag(link).url for link in home.links}
     assert {path.as_posix() for path in written} <= reached | {"index.html"}, "the navigation leads to every page"
+
+
+def test_no_word_in_angle_brackets_became_a_tag(pages):
+    for path, page in pages.items():
+        assert page.tags <= TAGS, path.name
 
 
 def test_links_and_anchors_lead_somewhere(site, pages):
