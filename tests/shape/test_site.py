@@ -18,12 +18,14 @@ from source_tree import ROOT
 DOCS = ROOT / "docs"
 FETCHED = {"src", "srcset", "data", "poster", "action", "background"}  # attributes whose address a browser fetches
 LINKS = {"stylesheet", "icon", "preload", "prefetch", "preconnect", "dns-prefetch", "modulepreload", "manifest"}
-TAGS = set(
-    "a article b body br button circle code dd details div dl dt em figure footer form g h1 h2 h3 h4 h5 h6 head header "
-    "hr html i img input label li line link main meta nav noscript ol p path pre rect script section small span strong "
-    "style sub summary sup svg table tbody td template text th thead time title tr ul"
-    .split()
-)  # fmt: skip
+TAGS = frozenset(
+    re.findall(
+        r"\w+",
+        "a article b body br button circle code dd details div dl dt em figure footer form g h1 h2 h3 h4 h5 h6 head header "
+        "hr html i img input label li line link main meta nav noscript ol p path pre rect script section small span strong "
+        "style sub summary sup svg table tbody td template text th thead time title tr ul",
+    )
+)
 ADDRESS = re.compile(r"""(?:https?:)?//[^\s"'`<>()\\,;]+""")
 
 
