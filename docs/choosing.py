@@ -18,6 +18,9 @@ FOLDERS = {
     "arch": ("Architectures", "models, and conversions of models"),
     "embed": ("Embeddings", "representations out of decoders"),
     "privacy": ("Privacy", "statistics that say nothing about one person"),
+    "train": ("Training", "make models, or make them better at something"),
+    "serve": ("Serving", "spread the work of a model over processes and machines"),
+    "bench": ("Measuring", "measure models and methods"),
 }
 
 
@@ -151,7 +154,7 @@ def cards() -> str:
     from hasten.registry import modules
 
     parts = []
-    ours = [card for card in known() if modules()[card.slug].startswith("hasten.")]
+    ours = [card for card in known() if modules().get(card.slug, "hasten.").startswith("hasten.")]
     for folder, (heading, words) in FOLDERS.items():
         rows = []
         for card in (card for card in ours if card.plugs_into == folder):

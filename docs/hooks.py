@@ -34,7 +34,7 @@ GROUPS: Mapping[str, str] = {
     "arch": "Architectures",
     "embed": "Embeddings",
     "privacy": "Privacy",
-    "": "Measuring",
+    "": "Works beside these",
 }  # method folder -> its heading; "" is for pages of works that are no method
 _REMARK = re.compile(r"\A<!--.*?-->\s*", re.DOTALL)
 _REMOTE = re.compile(r"https://unpkg\.com/[^\"'`]+")
@@ -49,7 +49,8 @@ def nav(pages: Sequence[str], folders: Mapping[str, str]) -> list[dict[str, list
         left -= set(named)
     groups: dict[str, list[str]] = {}
     for page in sorted(page for page in left if page.startswith("methods/")):
-        groups.setdefault(folders.get(Path(page).stem, ""), []).append(page)
+        folder = folders.get(Path(page).stem, "")
+        groups.setdefault(folder if folder in GROUPS else "", []).append(page)
         left.discard(page)
     out["Methods"] += [{GROUPS[folder]: groups[folder]} for folder in GROUPS if folder in groups]
     for page in sorted(left):

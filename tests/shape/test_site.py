@@ -167,7 +167,7 @@ def hooks():
 
 def test_a_new_page_finds_its_place_by_itself():
     pages = ["index.md", "new.md", "guide/ray.md", "guide/new.md", "methods/a.md", "methods/b.md", "methods/c.md", "cli.md"]
-    made = hooks().nav(pages, {"a": "draft", "b": "unmask"})
+    made = hooks().nav(pages, {"a": "draft", "b": "unmask", "c": "bench"})
     assert made == [
         {"Start": ["index.md"]},
         {"Guides": ["guide/ray.md", "guide/new.md"]},
@@ -175,7 +175,7 @@ def test_a_new_page_finds_its_place_by_itself():
             "Methods": [
                 {"Drafters": ["methods/a.md"]},
                 {"Filling a canvas": ["methods/b.md"]},
-                {"Measuring": ["methods/c.md"]},
+                {"Works beside these": ["methods/c.md"]},
             ]
         },
         {"Reference": ["cli.md", "new.md"]},
