@@ -1,9 +1,9 @@
 """Writes the pages that are made from the code: `make docs`. A test checks that the committed pages are current.
 
-cli.md, limits.md, metrics.md, works.md and results.md are written whole, and the figures that need no model. In
-methods/<slug>.md the block between the two card marks, in the README the table between the two bench marks, in mini.md what
-the cards of the small models say, and in choosing.md and methods.md the tables, are written; the rest of the page is the
-author's.
+cli.md, limits.md, metrics.md, works.md, families.md and results.md are written whole, and the figures that need no model.
+In methods/<slug>.md the block between the two card marks, in the README the table between the two bench marks, in mini.md
+what the cards of the small models say, and in choosing.md and methods.md the tables, are written; the rest of the page is
+the author's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, get_args, get_type_hints
 import typer
 
 DOCS = Path(__file__).parent
-sys.path.insert(0, str(DOCS))  # choosing.py and figures.py, also for a test that loads this file by its path
+sys.path.insert(0, str(DOCS))  # choosing.py, families.py and figures.py, also for a test that loads this file by its path
 NOTE = "<!-- Made by docs/generate.py; change the code and run `make docs`. -->"
 CARD = re.compile(r"<!-- card -->.*?<!-- /card -->", re.DOTALL)
 BENCH = re.compile(r"<!-- bench:plain -->.*?<!-- /bench:plain -->", re.DOTALL)
@@ -428,6 +428,7 @@ def tables(path: Path) -> str:
 
 def pages() -> dict[Path, str]:
     """Path -> text of every page, or part of a page, that is made from the code."""
+    import families
     import figures
 
     from hasten.registry import modules
@@ -437,6 +438,7 @@ def pages() -> dict[Path, str]:
         DOCS / "limits.md": limits(),
         DOCS / "metrics.md": metrics(),
         DOCS / "works.md": works(),
+        DOCS / "families.md": families.page(NOTE, table),
         DOCS / "results.md": results(),
     }
     against_llama, against_transformers, details = kernels(), bench(), curves()

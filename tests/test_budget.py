@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import pytest
 import tiny
@@ -43,6 +43,21 @@ def test_pass_cost_takes_the_fastest_recent_time_and_interpolates():
     for _ in range(20):
         passes.record(1, 1, 2.0)
     assert passes(1, 1) == 2.0  # old times go
+
+
+def test_rows_learn_from_one_row_how_passes_grow():
+    passes = PassCost()
+    passes.expect(1, {n: 1.0 + 0.25 * (n - 1) for n in (1, 2, 4, 8, 16, 32)})
+    for _ in range(2):
+        passes.record(8, 8, 4.0)
+    assert passes(8, 16) == pytest.approx(4.0 * 4.75 / 2.75)  # not tried, but not thought cheap
+    assert passes(8, 12) == pytest.approx(4.0 * 3.75 / 2.75)
+    assert passes(8, 33) == pytest.approx(4.0 + 25 * 0.04)  # beyond what one row knows: tried once
+    for _ in range(2):
+        passes.record(8, 16, 5.0)
+    assert passes(8, 16) == 5.0
+    assert passes(8, 32) == pytest.approx(5.0 * 8.75 / 4.75)
+    assert passes(2, 4) == 0.0
 
 
 def test_a_size_that_looked_bad_once_is_tried_again_later():
@@ -245,22 +260,32 @@ def test_placeholders_are_asked_for_while_they_pay_and_looked_at_ever_more_rarel
     assert gaps[0] == 16
 
 
-def test_a_cheap_drafter_rests_in_batches_where_nothing_of_it_pays_and_comes_back():
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_cheap_drafter_rests_where_nothing_of_it_pays_for_drafting_and_comes_back(rows):
     budget, drafter = Budget(), Stub()
     draft = Draft((1, 2), (-1, 0), scores=(0.3, 0.3))
 
-    def asked(rows: int, steep: float) -> bool:
+    def asked(steep: float, drafted_s: float = 0.03) -> bool:
         budget.cost = taught(lambda n: 1.0 + steep * (n - rows), rows=rows)
         budgets = budget.ask(drafter, [2] * rows)
         if any(budgets):
-            budget.keep(rows, 0, [(row, drafter, draft) for row in range(rows)])
+            budget.keep(rows, 0, [(row, drafter, draft) for row in range(rows)], drafted_s)
         return any(budgets)
 
-    assert all(asked(1, 1.0) for _ in range(40))  # one row: nothing to save
-    dear = [asked(4, 1.0) for _ in range(60)]
+    assert all(asked(1.0, 0.001) for _ in range(40))  # drafting takes no time: nothing to save
+    dear = [asked(1.0) for _ in range(200)]
     assert dear[:8] == [True] * 8
-    assert not any(dear[8:15])
-    assert 15 < sum(dear) < 30  # it is looked at again and again
-    while not asked(4, 0.0):  # a machine where nodes cost nothing: asked after at most one rest, and from then on always
+    rests = [len(list(same)) for yes, same in groupby(dear) if not yes]
+    assert rests[:5] == [8, 16, 32, 32, 32]
+    assert {len(list(same)) for yes, same in groupby(dear[8:]) if yes} == {4}  # it is looked at again and again
+    while not asked(0.0):  # a machine where nodes cost nothing: asked after at most one rest, and from then on always
         pass
-    assert all(asked(4, 0.0) for _ in range(40))
+    assert all(asked(0.0) for _ in range(40))
+    again = [asked(1.0) for _ in range(20)]
+    assert [len(list(same)) for yes, same in groupby(again)][:2] == [8, 8]  # and rests are short again
+    kept = Budget()
+    kept.cost = taught(lambda n: 1.0 + 0.02 * (n - rows), rows=rows)
+    for _ in range(40):  # what is kept gains less than drafting takes: one rests all the same
+        if any(kept.ask(drafter, [2] * rows)):
+            assert any(len(one) for one in kept.keep(rows, 0, [(row, drafter, draft) for row in range(rows)], 9.0))
+    assert kept.book(drafter).nap == 32

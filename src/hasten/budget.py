@@ -26,8 +26,10 @@ _BINS = 20  # bins of a drafter's scores
 _KEEP = 0.98  # weight of a bin's past against its next observation: about 50 observations count
 _ROW = 6.0  # observations by which one row's acceptance is drawn to that of all rows
 _PRIOR = 4.0  # observations that the drafter's own score is worth
-_USELESS = 8  # passes of several rows in a row for which nothing of a drafter's paid, after which it is not asked
-_REST = 8  # for so many passes; half as many that do not pay then follow until the next rest
+_USELESS = 8  # passes in a row for which nothing of a drafter's paid for drafting it, after which it is not asked
+_FREE = 0.01  # share of a pass that drafting takes when there is nothing to save by resting
+_REST = 8  # for so many passes; half as many that do not pay then follow until the next rest, which is twice as long
+_LONGEST = 32  # but no longer than this: texts begin to repeat themselves at any place
 _SLOWER = 3.0  # rows that decode wait for prompts at most so many times as long as their own pass takes
 _LEAST_READ = 32  # prompt tokens of a pass at least: fewer cost nearly as much
 _READ = 64  # as long as nothing was measured
@@ -119,12 +121,18 @@ class PassCost:
                 self._fastest.setdefault(rows, {})[tokens] = seconds
 
     def __call__(self, rows: int, tokens: int) -> float:
-        """Estimated seconds; 0 when nothing is known of `rows` rows. Between measured sizes it is interpolated."""
+        """Estimated seconds; 0 when nothing is known of `rows` rows.
+
+        Between measured sizes it is interpolated; beyond them passes of several rows grow as those of one row do.
+        """
         known = self._fastest.get(rows, {})
         if tokens in known or not known:
             return known.get(tokens, 0.0)
         below, above = (max((n for n in known if n < tokens), default=0), min((n for n in known if n > tokens), default=0))
         if not above:
+            one = self._fastest.get(1, {})
+            if rows > 1 and one and min(one) <= below and tokens <= max(one):  # larger passes grow alike for all rows
+                return known[below] * self(1, tokens) / self(1, below)
             return known[below] + (tokens - below) * _STEP * known[min(known)]
         if not below:
             return known[above]
@@ -292,7 +300,7 @@ class _Book:
         self.acceptance = Acceptance()
         self.cost = PassCost()
         self.skipped, self.patience = 0, 8
-        self.useless, self.pause = 0, 0  # passes of several rows in a row that kept nothing of it, and its rest from them
+        self.useless, self.pause, self.nap = 0, 0, _REST  # passes in a row that it did not pay in; its rest; the next one's
         self.blind, self.rest = 0, 8  # passes without its placeholders, and how many there are to be
 
 
@@ -318,17 +326,19 @@ class Budget:
         """Nodes to ask of `drafter` for each row, at most `caps`; all zeros: do not ask it this time.
 
         A drafter that is cheap and proposes fixed tokens is asked for all: its drafts are cut afterwards, by what they say.
-        It rests for a few passes where several rows decode and long none of its nodes paid. One that costs something, or
+        It rests for a few passes where long none of its nodes paid for drafting them. One that costs something, or
         samples (whose draft must not be cut by its tokens), is weighed before.
         """
         book, rows, cap = self.book(drafter), len(caps), max(caps)
         plain = self.cost(rows, rows)
         drafting = book.cost(rows, rows + sum(caps))
         if drafter.draws == "point" and (drafting <= CHEAP * plain or getattr(drafter, "weighed", False)):
-            if rows > 1 and book.useless >= _USELESS:
-                book.useless, book.pause = _USELESS // 2, _REST
-            book.pause -= book.pause > 0
-            return [0] * rows if rows > 1 and book.pause else list(caps)
+            if book.useless >= _USELESS:
+                book.useless, book.pause, book.nap = _USELESS // 2, book.nap, min(2 * book.nap, _LONGEST)
+            if book.pause:
+                book.pause -= 1
+                return [0] * rows
+            return list(caps)
         if not plain:
             return [0] * rows
         best, chosen = 1.0 / plain, 0
@@ -362,10 +372,13 @@ class Budget:
         book.blind, book.rest = 0, min(2 * book.rest, 128)  # times change: look again, ever more rarely
         return True
 
-    def keep(self, rows: int, fixed: int, drafts: Sequence[tuple[int, Drafter, AnyDraft]]) -> list[AnyDraft]:
+    def keep(
+        self, rows: int, fixed: int, drafts: Sequence[tuple[int, Drafter, AnyDraft]], drafted_s: float = 0.0
+    ) -> list[AnyDraft]:
         """The part of each (row, drafter, draft) that pays, chosen over all rows of the pass at once.
 
-        `rows` take part in the pass, `fixed` tokens are in it besides one per row. Sampled drafts stay whole.
+        `rows` take part in the pass, `fixed` tokens are in it besides one per row. Sampled drafts stay whole. The seconds
+        spent on drafting are spent; what is kept must be worth them, or the drafters soon rest.
         """
         whole = sum(len(draft) for _, drafter, draft in drafts if drafter.draws != "point")
         ranked: list[tuple[float, int, int]] = []
@@ -377,7 +390,8 @@ class Budget:
             return [draft for _, _, draft in drafts]
         ranked.sort()
         base = rows + fixed + whole
-        best, kept, gain, seen = rows / (self.cost(rows, base) or 1e9), 0, float(rows), 0
+        plain = best = rows / (self.cost(rows, base) or 1e9)
+        kept, gain, seen, paid = 0, float(rows), 0, False
         largest = _GROWTH * max(self.cost.table(rows), default=base)
         for size in GRID[1:]:
             if size > len(ranked) or base + size > largest:
@@ -386,12 +400,14 @@ class Budget:
             seen = size
             seconds = self.cost(rows, base + size)
             if seconds and gain / seconds > best:
-                best, kept = gain / seconds, size
+                best, kept, paid = gain / seconds, size, gain / (seconds + drafted_s) > plain
         chosen: list[list[int]] = [[] for _ in drafts]
         for _, i, node in ranked[:kept]:
             chosen[i].append(node)
         for book in {id(drafter): self.book(drafter) for _, drafter, _ in drafts}.values():
-            book.useless = 0 if kept or rows == 1 else book.useless + 1
+            if paid or drafted_s > _FREE * self.cost(rows, base):
+                book.useless = 0 if paid else book.useless + 1
+            book.nap = _REST if paid else book.nap
         return [
             select(draft, deepest_first(draft, chosen[i])) if drafter.draws == "point" else draft
             for i, (_, drafter, draft) in enumerate(drafts)

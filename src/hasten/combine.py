@@ -89,6 +89,15 @@ def _auto(context: MethodContext) -> tuple[str, ...]:
 
 def _canvas(names: Sequence[str], context: MethodContext) -> Policy:
     """The policy that these methods make together; what they leave open is the reference sampler's."""
+    caps = context.capabilities
+    sight = "full" if caps.block is None else "block_causal"
+    if caps.mask_id is None or not caps.has(sight):
+        lacks = "mask token" if caps.mask_id is None else f"{sight.replace('_', '-')} attention"
+        raise IncompatibleError(
+            f"a canvas is filled mask by mask; model {context.model!r} has no {lacks}",
+            hint="load LLaDA, Dream, SDAR or LLaDA-2",
+            field="method",
+        )
     joined = Policy()
     for name in names:
         part = registry.build(name, context)

@@ -147,6 +147,31 @@ def test_the_scripts_without_a_browser():
     assert int(passed[1]) >= 9
 
 
+def test_the_page_finds_what_the_command_finds():
+    """search.js over what the server hands out gives the order of registry.search, query by query."""
+    from hasten import registry
+    from hasten.serve import models
+
+    assert models.methods() == registry.served()
+    served = json.loads(json.dumps(registry.served()))
+    assert served["methods"] == json.loads(json.dumps(registry.catalog()))
+    queries = ["", "threshold", "Token Recycling", "2509.26432", "needs=full", "needs=none state=works", "folder=bench survey",
+               "short canvases", "vicinity", "(", "1.5x", "hasten/draft/rsd.py", "zzzz", "2025-10 lossy", "d"]  # fmt: skip
+    program = """
+      import { readFileSync } from "node:fs";
+      const { findMethods } = await import(process.argv[1]);
+      const { methods, searched, queries } = JSON.parse(readFileSync(0, "utf8"));
+      console.log(JSON.stringify(queries.map((query) => findMethods(methods, query, searched).map((one) => one.slug))));
+    """
+    command = [node(), "--input-type=module", "-e", program, (SOURCES / "search.js").as_uri()]
+    given = json.dumps({**served, "queries": queries})
+    done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-2000:]
+    wanted = [[one["slug"] for one in registry.search(registry.catalog(), q.split(), registry.SEARCHED)] for q in queries]
+    assert json.loads(done.stdout) == wanted
+    assert sum(map(bool, wanted)) >= 12
+
+
 def browse(url: str, **environment: str) -> dict[str, str]:
     """Run browser.mjs against `url`; scenario -> "ok" or what failed. Skips when a browser or its driver is missing."""
     if not Path(CHROMIUM).is_file():

@@ -18,6 +18,11 @@ METHODS = [
     for path in sorted((PACKAGE / folder).glob("*.py"))
     if not path.stem.startswith("_")
 ]
+METHODS += [
+    (work.folder, work.slug.replace("-", "_"))
+    for work in registry.works()
+    if work.folder in registry.MIXED and (PACKAGE / work.folder / f"{work.slug.replace('-', '_')}.py").is_file()
+]
 
 
 def test_the_registry_finds_exactly_these_files():

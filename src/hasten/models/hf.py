@@ -26,7 +26,7 @@ from hasten.models.config import AdaptedConfig
 from hasten.models.diffusion_gemma import DiffusionGemma
 
 _ATTENTION = "hasten"
-_CANVAS = {"diffusion_gemma": "DiffusionGemmaForBlockDiffusion"}  # models that fill canvases with their own attention
+CANVASES = {"diffusion_gemma": "DiffusionGemmaForBlockDiffusion"}  # models that fill canvases with their own attention
 _KINDS = {"full_attention", "sliding_attention"}
 
 
@@ -256,9 +256,9 @@ def load_adapted(path: Path, config: Mapping[str, Any], dtype: torch.dtype, stor
     known = {key: value for key, value in config.items() if key != "auto_map"}
     try:
         settings = CONFIG_MAPPING[kind].from_dict(known)
-        canvas = kind in _CANVAS
+        canvas = kind in CANVASES
         build: Any = (
-            getattr(transformers, _CANVAS[kind])
+            getattr(transformers, CANVASES[kind])
             if canvas
             else transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(settings), None)
         )

@@ -51,12 +51,8 @@ def entry(worker: Worker, name: str) -> dict[str, Any]:
 
 @router.get("/hasten/methods")
 def methods() -> dict[str, Any]:
-    """The catalog: cards of the methods of this version, the published works and their state, presets."""
-    return {
-        "methods": [card.to_dict() for card in registry.cards()],
-        "works": [work.to_dict() for work in registry.works()],
-        "presets": {name: list(parts) for name, parts in registry.PRESETS.items()},
-    }
+    """The catalog: every method and work with its state, which fields a search reads and what a hit is worth, presets."""
+    return registry.served()
 
 
 @router.get("/health")

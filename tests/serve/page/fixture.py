@@ -70,12 +70,7 @@ class Replay(BaseHTTPRequestHandler):
         elif self.path == "/v1/models":
             self._json(200, {"object": "list", "data": MODELS})
         elif self.path == "/hasten/methods":
-            value = {
-                "methods": [card.to_dict() for card in registry.cards()],
-                "works": [work.to_dict() for work in registry.works()],
-                "presets": dict(registry.PRESETS),
-            }
-            self._json(200, value)
+            self._json(200, registry.served())
         elif self.path == "/ready":
             self._json(200, {"status": "ready", "running": 1, "waiting": 0})
         elif self.path == "/metrics":

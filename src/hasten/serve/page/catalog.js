@@ -2,6 +2,7 @@
 
 import { el, fill } from "./dom.js";
 import { kindFor, kindOf, server } from "./server.js";
+import { findMethods } from "./search.js";
 import { settings } from "./settings.js";
 
 const EXACTNESS = {
@@ -26,7 +27,7 @@ export class Catalog {
   /** Offer the filters that the catalog has values for. */
   offer() {
     const all = [...server.methods.values()];
-    for (const [name, of] of [["folder", folder], ["exactness", (method) => method.exactness], ["state", (method) => method.state]]) {
+    for (const [name, of] of [["folder", (method) => method.folder], ["exactness", (method) => method.exactness], ["state", (method) => method.state]]) {
       const select = this.form.elements[name];
       const values = [...new Set(all.map(of))].sort();
       const chosen = select.value;
@@ -38,13 +39,8 @@ export class Catalog {
 
   draw() {
     const { search, folder: inFolder, exactness, state } = this.form.elements;
-    const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
-    const fits = (method) => {
-      const text = [method.slug, method.title, method.claim, method.work, method.no_help, method.paper, method.venue, ...Object.keys(method.knobs)].join(" ").toLowerCase();
-      return words.every((word) => text.includes(word)) && (!inFolder.value || folder(method) === inFolder.value) && (!exactness.value || method.exactness === exactness.value) && (!state.value || method.state === state.value);
-    };
-    const rank = (method) => (method.state === "works" ? 0 : 1) + (words.length && method.slug.includes(words[0]) ? -2 : 0);
-    const found = [...server.methods.values()].filter(fits).sort((a, b) => rank(a) - rank(b) || a.slug.localeCompare(b.slug));
+    const fits = (method) => (!inFolder.value || method.folder === inFolder.value) && (!exactness.value || method.exactness === exactness.value) && (!state.value || method.state === state.value);
+    const found = findMethods([...server.methods.values()].filter(fits), search.value, server.searched);
     const open = new Set([...this.list.querySelectorAll("details[open]")].map((node) => node.dataset.slug));
     this.count.textContent = `${found.length} of ${server.methods.size}`;
     fill(this.list, found.map((method) => this.#card(method, open.has(method.slug))), found.length ? null : el("p", { class: "empty" }, "Nothing fits. ", el("button", { type: "reset", form: "catalog-form", class: "button plain" }, "Show all")));
@@ -56,7 +52,7 @@ export class Catalog {
       {},
       el("span", { class: "slug" }, method.slug),
       el("span", { class: "title" }, method.title),
-      el("span", { class: "tags" }, el("span", { class: `tag ${method.exactness}`, title: EXACTNESS[method.exactness] }, method.exactness), el("span", { class: "tag" }, folder(method)), method.state === "works" ? null : el("span", { class: "tag planned" }, method.state)),
+      el("span", { class: "tags" }, el("span", { class: `tag ${method.exactness}`, title: EXACTNESS[method.exactness] }, method.exactness), el("span", { class: "tag" }, method.folder), method.state === "works" ? null : el("span", { class: "tag planned" }, method.state)),
     );
     const node = el("details", { class: "card", "data-slug": method.slug, open }, summary);
     const unfold = () => node.open && node.children.length === 1 && node.append(this.#body(method));
@@ -78,13 +74,15 @@ export class Catalog {
       "dl",
       {},
       fact("Claim", method.claim),
-      fact("What it does", method.work !== method.claim ? method.work : ""),
+      fact("What it does", method.does !== method.claim ? method.does : ""),
       fact("Does not help when", method.no_help),
       fact("Exactness", `${method.exactness}: ${EXACTNESS[method.exactness]}`),
       fact("Plugs into", method.plugs_into),
       fact("Needs", method.needs.join(", ")),
       fact("Not together with", method.conflicts.join(", ")),
       fact("Published", from),
+      fact("To be shown", method.show),
+      fact("File", method.file),
     );
     const spec = () => {
       const set = Object.entries(inputs).filter(([, input]) => input.value.trim()).map(([name, input]) => `${name}=${input.value.trim()}`);
@@ -100,12 +98,10 @@ export class Catalog {
     const model = current ? settings.model : server.models.find((one) => one.kind === kind)?.id;
     let why = "";
     if (method.state !== "works") why = "Planned: not in this version.";
-    else if (!kind) why = "Not chosen per request: it changes the model itself.";
+    else if (!kind) why = method.folder === "bench" ? "Not chosen per request: it measures or describes models." : "Not chosen per request: it changes the model itself.";
     else if (!model) why = `Needs a ${kind} model; this server has none.`;
     if (why) return el("p", { class: "hint" }, why);
     const act = el("button", { type: "button", class: "button strong", on: { click: () => this.use(spec(), model) } }, "Try it in the chat");
     return el("p", { class: "try" }, act, current ? null : el("span", { class: "hint" }, `on ${model}, a ${kind} model`));
   }
 }
-
-const folder = (method) => method.folder ?? method.plugs_into.split(/[ +(]/)[0];

@@ -5,8 +5,8 @@ import { el, figure, fill } from "./dom.js";
 
 const EVERY_S = 3; // between two looks at the server's state, while the page is in sight
 
-/** Filled by `load`: models as {id, kind, backbone, ...}, methods by slug as {slug, state, ...card and work}. */
-export const server = { models: [], methods: new Map(), presets: {}, state: "loading" };
+/** Filled by `load`: models as {id, kind, backbone, ...}, methods by slug, the fields in which they are searched. */
+export const server = { models: [], methods: new Map(), searched: {}, presets: {}, state: "loading" };
 
 /** Ask the server for its models and methods; false while it still loads them. Raises what `request` raises. */
 export async function load() {
@@ -14,12 +14,8 @@ export async function load() {
   if (listed.data.some((model) => !model.hasten)) return false;
   server.models = listed.data.filter((model) => !model.hasten?.alias_of).map((model) => ({ ...model.hasten, id: model.id }));
   const catalog = await (await request("/hasten/methods")).json();
-  server.methods = new Map();
-  for (const work of catalog.works) server.methods.set(work.slug, { ...work, work: work.claim, knobs: {}, needs: [], conflicts: [], no_help: "" });
-  for (const card of catalog.methods) {
-    const known = server.methods.get(card.slug);
-    server.methods.set(card.slug, { venue: "", show: "", work: known?.work ?? "", ...known, ...card, state: "works" });
-  }
+  server.methods = new Map(catalog.methods.map((method) => [method.slug, method]));
+  server.searched = catalog.searched;
   server.presets = catalog.presets;
   return true;
 }
