@@ -21,11 +21,13 @@ check: $(VENV)/.tested  ## lint, types and shape of the code base
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/shape
 
-docs: $(VENV)/.tested  ## regenerate the generated pages
+docs: $(VENV)/.tested  ## regenerate the generated pages, build the site into site/, check its links
 	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -q
+	$(BIN)/python -m pytest -q tests/shape/test_docs.py tests/shape/test_site.py
 
 clean:  ## remove everything that can be made again
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,8 +1,9 @@
 """Writes the pages that are made from the code: `make docs`. A test checks that the committed pages are current.
 
-cli.md, limits.md, metrics.md, works.md, families.md and results.md are written whole. In methods/<slug>.md the block
-between the two card marks, in the README the table between the two bench marks, and in mini.md what the cards of the small
-models say, is written; the rest of the page is the author's.
+cli.md, limits.md, metrics.md, works.md, families.md and results.md are written whole, and the figures that need no model.
+In methods/<slug>.md the block between the two card marks, in the README the table between the two bench marks, in mini.md
+what the cards of the small models say, and in choosing.md and methods.md the tables, are written; the rest of the page is
+the author's.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, get_args, get_type_hints
 import typer
 
 DOCS = Path(__file__).parent
-sys.path.insert(0, str(DOCS))  # families.py, also for a test that loads this file by its path
+sys.path.insert(0, str(DOCS))  # choosing.py, families.py and figures.py, also for a test that loads this file by its path
 NOTE = "<!-- Made by docs/generate.py; change the code and run `make docs`. -->"
 CARD = re.compile(r"<!-- card -->.*?<!-- /card -->", re.DOTALL)
 BENCH = re.compile(r"<!-- bench:plain -->.*?<!-- /bench:plain -->", re.DOTALL)
@@ -27,28 +28,31 @@ KEYWORDS = re.compile(r"<!-- keywords -->.*?<!-- /keywords -->", re.DOTALL)
 MINIS = re.compile(r"<!-- minis -->.*?<!-- /minis -->", re.DOTALL)
 CANVAS = re.compile(r"<!-- bench:canvas -->.*?<!-- /bench:canvas -->", re.DOTALL)
 SPEC = re.compile(r"<!-- bench:spec -->.*?<!-- /bench:spec -->", re.DOTALL)
+TABLE = re.compile(r"<!-- table:(\w+) -->.*?<!-- /table:\w+ -->", re.DOTALL)
 ROOT = DOCS.parent
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     """A Markdown table; bars inside cells are escaped."""
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    import choosing
+
+    return choosing.table(head, rows)
 
 
 def _row(parameter: inspect.Parameter, hint: Any) -> tuple[str, str, str]:
     """Name, default and help of one argument or option, from its annotation and default in the command's function."""
     kind, info = get_args(hint)
+    words = str(info.help).replace("<", "&lt;")
     if isinstance(info, typer.models.ArgumentInfo):
         name = parameter.name.upper()
-        return f"`{name}`" if parameter.default is parameter.empty else f"`[{name}]`", "", str(info.help)
+        return f"`{name}`" if parameter.default is parameter.empty else f"`[{name}]`", "", words
     name = info.param_decls[0] if info.param_decls else "--" + parameter.name.replace("_", "-")
     if kind is bool:
-        return f"`{name}`", "", str(info.help)
+        return f"`{name}`", "", words
     kinds = [k for k in (kind, *get_args(kind)) if k in (int, float, str)]
     value = "TEXT" if not kinds or kinds[0] is str else "INTEGER" if kinds[0] is int else "NUMBER"
-    default = "" if parameter.default in (None, "") else f"`{parameter.default}`"
-    return f"`{name} {value}`", default, str(info.help)
+    default = "" if parameter.default in (None, "", parameter.empty) else f"`{parameter.default}`"
+    return f"`{name} {value}`", default, words
 
 
 def cli() -> str:
@@ -96,17 +100,20 @@ def metrics() -> str:
 
 
 def card(slug: str) -> str:
-    """The facts of a method's card as the block of its page."""
+    """The facts of a method's card as the block of its page, and what its kept result says."""
+    import choosing
+
     from hasten.registry import card
 
-    facts = card(slug)
+    facts, result = card(slug), choosing.kept(slug)
     paper = f"arXiv {facts.paper}, " if facts.paper else ""
     lines = [
         f"**{facts.title}** ({paper}{facts.date}). Plugs into `{facts.plugs_into}`; {facts.exactness}.",
-        f"Claim: {facts.claim}",
-        f"Does not help: {facts.no_help}",
-        *([f"Needs from the model: {', '.join(facts.needs)}."] if facts.needs else []),
-        *([f"Cannot be combined with: {', '.join(facts.conflicts)}."] if facts.conflicts else []),
+        f"**Claim**: {facts.claim}",
+        f"**Does not help**: {facts.no_help}",
+        *([f"**Measured here**: [{result}](../results.md#{slug})."] if result else []),
+        *([f"**Needs from the model**: {', '.join(facts.needs)}."] if facts.needs else []),
+        *([f"**Cannot be combined with**: {', '.join(facts.conflicts)}."] if facts.conflicts else []),
         *([table(("setting", "meaning"), [(f"`{k}`", v) for k, v in facts.knobs.items()])] if facts.knobs else []),
     ]
     return "<!-- card -->\n" + "\n\n".join(lines) + "\n<!-- /card -->"
@@ -409,9 +416,20 @@ def keywords() -> str:
     return f"<!-- keywords -->\n{listed}\n<!-- /keywords -->"
 
 
+def tables(path: Path) -> str:
+    """A page with its tables as they are now."""
+    import choosing
+
+    def fresh(match: re.Match[str]) -> str:
+        return f"<!-- table:{match[1]} -->\n{choosing.TABLES[match[1]]()}\n<!-- /table:{match[1]} -->"
+
+    return TABLE.sub(fresh, path.read_text(encoding="utf-8"))
+
+
 def pages() -> dict[Path, str]:
     """Path -> text of every page, or part of a page, that is made from the code."""
     import families
+    import figures
 
     from hasten.registry import modules
 
@@ -444,7 +462,7 @@ def pages() -> dict[Path, str]:
     made[path] = CANVAS.sub(lambda match: filled, path.read_text(encoding="utf-8"))
     path, compared = DOCS / "speculative.md", spec()
     made[path] = SPEC.sub(lambda match: compared, path.read_text(encoding="utf-8"))
-    return made
+    return made | {path: tables(path) for path in (DOCS / "choosing.md", DOCS / "methods.md")} | figures.drawn()
 
 
 def main() -> None:

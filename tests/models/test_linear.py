@@ -23,7 +23,8 @@ def packed(monkeypatch):
         layer.bias.normal_()
     weight = layer.weight.detach().clone()
     layer.pack()
-    assert layer.packed is not None and layer.weight is None
+    assert layer.packed is not None
+    assert layer.weight is None
     return layer, weight
 
 

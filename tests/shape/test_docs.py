@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 from types import ModuleType
 
 import pytest
-from source_tree import ROOT
+from source_tree import METHOD_FOLDERS, ROOT
+
+from hasten.registry import modules
 
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md")])
 LINK = re.compile(r"\[[^\]]*\]\((?![a-z]+:|#)([^)#]+)(?:#[^)]*)?\)")
@@ -62,3 +66,38 @@ def test_the_command_page_names_every_option_that_help_prints():
 def test_links_inside_the_repository_lead_somewhere(page):
     targets = LINK.findall(page.read_text(encoding="utf-8"))
     assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("slug", [slug for slug, name in modules().items() if name.split(".")[1] in METHOD_FOLDERS])
+def test_the_page_of_a_method_says_how_it_works_and_when_it_does_not_help(slug):
+    text = (ROOT / "docs" / "methods" / f"{slug}.md").read_text(encoding="utf-8")
+    for heading in ("How it works", "Where it does not help"):
+        assert text.count(f"\n## {heading}\n") == 1
+        section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+        assert len(section.split()) > 15, f"{slug}: {heading}"
+
+
+def test_what_choosing_says_about_its_tables_holds():
+    """The tables follow the result files; the sentences beside them do not, and are to be rewritten when this fails."""
+    folder = ROOT / "bench" / "results"
+    spec, canvas, serve = (json.loads((folder / f"{name}.json").read_text()) for name in ("spec", "canvas", "serve"))
+
+    def speeds(setup: str, group: str) -> dict[str, float]:
+        ours = {name: one["decode_ratio"]["mean"] for name, one in spec[setup][group].items() if "llama" not in name}
+        return {name: speed for name, speed in ours.items() if name != "plain"}
+
+    for setup in ("exact", "int8"):
+        for group in ("edit", "code", "summary"):
+            found = speeds(setup, group)
+            assert max(found, key=found.__getitem__) in ("prompt-lookup", "auto")
+    assert max(speeds("exact", "chat").values()) < 1
+    gains = [speeds("int8", group)[name] - speed for group in spec["exact"] if group not in ("all", "pass_ms")
+             for name, speed in speeds("exact", group).items()]  # fmt: skip
+    assert statistics.median(gains) > 0.05
+    for arms in canvas["canvases"].values():
+        speed = {name: one["speedup"]["median"] for name, one in arms.items()}
+        assert speed["dual cache + threshold"] > max(speed["dual cache"], speed["threshold"]) > 1.5
+        assert speed["exact"] < 1.05
+    assert max(one["accuracy"]["median"] for one in canvas["canvases"]["128"].values()) < 10
+    eight = [serve["against"][name]["8"]["tokens_per_s"]["median"] for name in ("hasten", "hasten plain")]
+    assert eight[0] < eight[1]
