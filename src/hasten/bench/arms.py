@@ -1,7 +1,8 @@
 """What is compared: arms named as `a,b,c+d`, and other programs as plug-ins.
 
-A comma separates arms, `+` joins the parts of one, and a part's settings follow a colon: `plain,threshold:tau=0.8+canvas-cache`.
-A comma before `knob=value` goes on with the settings before it: `reference:block=16,steps=8,threshold` are two arms.
+A comma separates arms, `+` joins the parts of one, and a part's settings follow a colon:
+`plain,threshold:tau=0.8+canvas-cache`. A comma before `knob=value` goes on with the settings before it:
+`reference:block=16,steps=8,threshold` are two arms.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ PEERS = (*PROGRAMS, *SAMPLERS)
 def parse(text: str) -> dict[str, tuple[str, ...]]:
     """Arm -> its methods, in order, of "a,b,c+d".
 
-    Nothing is loaded but the methods' modules. Raises ConfigError naming what is empty, repeated or too much, and for unknown
-    methods, planned ones, and settings that a method does not take.
+    Nothing is loaded but the methods' modules. Raises ConfigError naming what is empty, repeated or too much, and for
+    unknown methods, planned ones, and settings that a method does not take.
     """
     arms: dict[str, tuple[str, ...]] = {}
     pieces: list[str] = []

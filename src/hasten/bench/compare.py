@@ -84,8 +84,8 @@ def runner(
 ) -> Runner:
     """Answers by hasten with a method, named as in `generate`, or given as a function that makes its parts.
 
-    The engine's random numbers for a prompt are seeded by the prompt, alike for all methods. `ends`: an answer ends where the
-    model ends it, else it goes on past end tokens. `whole`: all that is drafted is verified, not only what pays here.
+    The engine's random numbers for a prompt are seeded by the prompt, alike for all methods. `ends`: an answer ends where
+    the model ends it, else it goes on past end tokens. `whole`: all that is drafted is verified, not only what pays here.
     """
     from hasten.types import Request, SamplingParams
 

@@ -1,7 +1,7 @@
 """The child of `hasten.bench.sandbox`, run as a script of its own with the standard library alone: one limited program.
 
-Standard input holds {"program", "seconds", "memory_bytes", "file_bytes", "token"}; what came of the program is written as JSON
-to the descriptor named by the first argument, with the guards that could be set. Nothing of hasten is imported here.
+Standard input holds {"program", "seconds", "memory_bytes", "file_bytes", "token"}; what came of the program is written as
+JSON to the descriptor named by the first argument, with the guards that could be set. Nothing of hasten is imported here.
 """
 
 from __future__ import annotations

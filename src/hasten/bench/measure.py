@@ -1,9 +1,10 @@
-"""One harness for every comparison of answers: a suite's cases, answered by all arms in turn, judged, and worked out as figures.
+"""One harness for every comparison of answers: a suite's cases, answered by all arms in turn, judged, and worked out as
+figures.
 
-The order of arms turns from case to case, every seed starts with answers that do not count, and methods start cold with each
-seed (`hasten.bench.compare`). Judging comes after all timing. Everything outside "time", "pass_ms", "machine" and "seconds" is
-the same for the same seeds, as far as the methods' own choices do not follow the clock (drafters verify what pays on this
-machine unless all of a draft is asked for).
+The order of arms turns from case to case, every seed starts with answers that do not count, and methods start cold with
+each seed (`hasten.bench.compare`). Judging comes after all timing. Everything outside "time", "pass_ms", "machine" and
+"seconds" is the same for the same seeds, as far as the methods' own choices do not follow the clock (drafters verify what
+pays on this machine unless all of a draft is asked for).
 """
 
 from __future__ import annotations
@@ -49,9 +50,10 @@ def measure(
 ) -> dict[str, Any]:
     """The result of a suite, JSON-ready: figures of every arm, sample texts, costs of passes, and the machine.
 
-    `methods` as `arms.parse` reads it (default: the suite's own for this kind of model); the first arm is the one that others
-    are measured against. `peers` as in `arms.PEERS`. `whole`: drafts are verified whole. Everything that can be refused is
-    refused before anything is timed: UnknownNameError, ConfigError, IncompatibleError, MissingExtraError, ContextLengthError.
+    `methods` as `arms.parse` reads it (default: the suite's own for this kind of model); the first arm is the one that
+    others are measured against. `peers` as in `arms.PEERS`. `whole`: drafts are verified whole. Everything that can be
+    refused is refused before anything is timed: UnknownNameError, ConfigError, IncompatibleError, MissingExtraError,
+    ContextLengthError.
     """
     started = time.perf_counter()
     module = cases.find(suite)
@@ -63,6 +65,8 @@ def measure(
             hint="--suite canvas asks both kinds",
             field="suite",
         )
+    if whole and kind == "masked":
+        raise IncompatibleError(f"{llm.name!r} fills canvases and drafts nothing", field="whole_drafts")
     if not seeds or len(set(seeds)) < len(seeds) or not all(type(one) is int and 0 <= one < 2**31 for one in seeds):
         raise out_of_range("seeds", list(seeds), "different integers in [0, 2**31), at least one")
     chosen = arms.parse(methods or (about.methods or cases.ARMS).get(kind, cases.ARMS[kind]))
@@ -203,7 +207,8 @@ def spread(done: Comparison, figure: Figure, digits: int = 3, group: str = "") -
 
 
 def acceptance(answers: Sequence[Answer]) -> list[list[float]]:
-    """For each place in a draft, from 1: [share of drafts that reach so far and were kept so far, how many reach so far]."""
+    """For each place in a draft, from 1: [share of drafts that reach so far and were kept so far, how many reach so
+    far]."""
     drafts = [draft for answer in answers for draft in answer.drafts]
     out = []
     for place in range(1, max(depth for depth, _ in drafts) + 1):
@@ -213,7 +218,7 @@ def acceptance(answers: Sequence[Answer]) -> list[list[float]]:
 
 
 def commits(done: Comparison, name: str) -> list[dict[str, Any]]:
-    """For each group: when places of the canvas became final, as a share of the answer's forwards, mean over its answers.
+    """For each group: when places of the canvas became final, from 0 (first forward) to 1 (last), mean over its answers.
 
     `order[i]` is of the i-th of at most CELLS equal parts of the canvas, None where nothing was ever committed.
     """
@@ -226,7 +231,7 @@ def commits(done: Comparison, name: str) -> list[dict[str, Any]]:
         for row in rows:
             answer = row.answers[name]
             for place, forward in answer.commits:
-                cells[place // wide].append(forward / answer.passes)
+                cells[place // wide].append((forward - 1) / max(1, answer.passes - 1))
         order = [round(sum(cell) / len(cell), 3) if cell else None for cell in cells]
         out.append({"group": group, "places": size, "order": order})
     return out
@@ -236,7 +241,7 @@ def texts(llm: LLM, done: Comparison, verdicts: Sequence[Mapping[str, Verdict]])
     """Prompts and answers of the first few cases of every group, at most TEXTS."""
     per_group = max(1, TEXTS // len(done.groups))
     counts: dict[str, int] = {}
-    out = []
+    out: list[dict[str, Any]] = []
     for row, verdict in zip(done.rows, verdicts, strict=True):
         case: Any = row.prompt
         counts[case.group] = counts.get(case.group, 0) + 1
@@ -257,7 +262,8 @@ def texts(llm: LLM, done: Comparison, verdicts: Sequence[Mapping[str, Verdict]])
 
 
 def pass_ms(llm: LLM) -> dict[str, float]:
-    """t(T): milliseconds of a pass over T query tokens, measured where the native stack runs, else as the engine saw them."""
+    """t(T): milliseconds of a pass over T query tokens, measured where the native stack runs, else as the engine saw
+    them."""
     from hasten.bench.kernels import CONTEXT, pass_seconds
     from hasten.models.native import NativeStack
 
@@ -267,4 +273,3 @@ def pass_ms(llm: LLM) -> dict[str, float]:
     sizes = [size for size in SIZES if size + CONTEXT <= caps.max_len]
     full = caps.kind == "masked"
     return {str(n): round(pass_seconds(llm.model, n, CONTEXT, 3, full=full) * 1e3, 3) for n in sizes}
-

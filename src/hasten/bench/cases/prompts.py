@@ -1,7 +1,7 @@
 """A suite of one's own: a .jsonl file, one JSON object a line with "prompt" or "messages".
 
-Optional are "answer" (a text that a right answer holds), "max_tokens" and "group". Every seed asks every prompt once, so that
-the spread over seeds is that of repeated runs. Every line that is not such an object is an error with its number.
+Optional are "answer" (a text that a right answer holds), "max_tokens" and "group". Every seed asks every prompt once, so
+that the spread over seeds is that of repeated runs. Every line that is not such an object is an error with its number.
 """
 
 from __future__ import annotations
@@ -96,6 +96,11 @@ def read(path: Path) -> list[Line]:
     if not lines:
         raise FormatError("it holds no prompt", path=str(path), hint='a line is {"prompt": "..."}', field="suite")
     return lines
+
+
+def ready(options: Mapping[str, Any]) -> None:
+    """Raise FormatError naming every wrong line of the file, before a model is loaded."""
+    read(Path(options["file"]))
 
 
 def cases(llm: LLM, options: Mapping[str, Any], seeds: Sequence[int]) -> list[Case]:

@@ -30,22 +30,29 @@ def answer_in(text: str) -> str:
     return (found[-1] if found else text.strip().rpartition("\n")[2]).strip()
 
 
-def cases(llm: LLM, options: Mapping[str, Any], seeds: Sequence[int]) -> list[Case]:
-    """`per_group` puzzles of each kind for each seed; raises MissingExtraError where reasoning-gym is not installed."""
+def ready(options: Mapping[str, Any]) -> None:
+    """Raise MissingExtraError where reasoning-gym is not installed, UnknownNameError for a puzzle that it does not have."""
     try:
-        import reasoning_gym
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
         raise MissingExtraError(
             f"suite 'tasks' takes its puzzles from reasoning-gym, which is not installed ({error})",
             hint="pip install 'hasten[bench]'",
         ) from None
+    for name in options["groups"].split(","):
+        if name not in DATASETS:
+            raise unknown_name("group", name, DATASETS)
+
+
+def cases(llm: LLM, options: Mapping[str, Any], seeds: Sequence[int]) -> list[Case]:
+    """`per_group` puzzles of each kind for each seed; raises as `ready`."""
+    ready(options)
+    import reasoning_gym
+
     if not 1 <= options["per_group"] <= 1000:
         raise out_of_range("per_group", options["per_group"], "in [1, 1000]")
     out = []
     for name in dict.fromkeys(options["groups"].split(",")):
-        if name not in DATASETS:
-            raise unknown_name("group", name, DATASETS)
         for seed in seeds:
             made = reasoning_gym.create_dataset(name, size=options["per_group"], seed=seed)
             for entry in made:
