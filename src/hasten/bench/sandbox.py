@@ -47,16 +47,26 @@ class Outcome:
         return tuple(name for name in GUARDS if name not in self.guards)
 
 
-def run(program: str, *, seconds: int = SECONDS, memory_bytes: int = MEMORY_BYTES, file_bytes: int = FILE_BYTES) -> Outcome:
-    """Run a Python program in a folder of its own that is deleted afterwards; its wall time is at most 2 * `seconds` + 2.
+def run(
+    program: str,
+    *,
+    seconds: int = SECONDS,
+    wall_s: int | None = None,
+    memory_bytes: int = MEMORY_BYTES,
+    file_bytes: int = FILE_BYTES,
+) -> Outcome:
+    """Run a Python program in a folder of its own that is deleted afterwards.
 
-    Raises ConfigError for limits out of range, UnsupportedError on systems without resource limits, HastenError where no
-    process can be started.
+    It gets `seconds` of CPU time and `wall_s` of wall time (default: 3 * `seconds` + 2, for machines that are busy). Raises
+    ConfigError for limits out of range, UnsupportedError on systems without resource limits, HastenError where no process can
+    be started.
     """
+    wall_s = 3 * seconds + 2 if wall_s is None else wall_s
     if os.name != "posix":
         raise UnsupportedError("generated code is run on Linux and macOS only: this system has no resource limits")
     for name, value, least in (
         ("seconds", seconds, 1),
+        ("wall_s", wall_s, 1),
         ("memory_bytes", memory_bytes, 50_000_000),
         ("file_bytes", file_bytes, 1),
     ):
@@ -68,7 +78,7 @@ def run(program: str, *, seconds: int = SECONDS, memory_bytes: int = MEMORY_BYTE
     with tempfile.TemporaryDirectory(prefix="hasten-code-", ignore_cleanup_errors=True) as folder:
         reader, writer = os.pipe()
         try:
-            code, late = _run(given, folder, writer, 2 * seconds + 2)
+            code, late = _run(given, folder, writer, wall_s)
         finally:
             with suppress(OSError):
                 os.close(writer)

@@ -127,9 +127,8 @@ def holds(expected: str) -> Any:
 
 
 def _words(text: str) -> list[str]:
-    """Words in lower case without the punctuation around them."""
-    words = [word.strip(".,;:!?\"'()[]{}*`") for word in text.casefold().split()]
-    return [word for word in words if word] or text.split()
+    """Words in lower case without the punctuation around them; punctuation alone is a word too."""
+    return [word.strip(".,;:!?\"'()[]{}*`") or word for word in text.casefold().split()]
 
 
 def _text(name: str, value: object) -> str:
