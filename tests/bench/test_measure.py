@@ -180,7 +180,7 @@ def test_a_suite_runs_left_to_right_and_repeats_itself(ar, suite, options):
 
 
 def test_canvases_repeat_themselves_and_other_seeds_ask_other_things(dlm):
-    how: dict[str, Any] = {"options": {"per_group": 1, "canvas": "12,16", "groups": "sort"}, "peers": ("fast-dllm",)}
+    how: dict[str, Any] = {"options": {"per_group": 1, "canvas": "12,16", "groups": "reverse"}, "peers": ("fast-dllm",)}
     one, again = (measure.measure(dlm, "canvas", "plain,threshold", seeds=(0, 1), **how) for _ in range(2))
     assert still(one) == still(again)
     asked = measure.settings(find("canvas").suite, how["options"])
@@ -191,7 +191,7 @@ def test_canvases_repeat_themselves_and_other_seeds_ask_other_things(dlm):
     assert (loop["quality"], loop["forwards"]) == (quick["quality"], quick["forwards"]), "an independent loop agrees"
     assert (loop["peer"], quick["peer"]) == (True, False)
     assert plain["quality"]["median"] > 50, "these worlds are what mini-dlm was taught"
-    assert [entry["group"] for entry in quick["commits"]] == ["sort 12", "sort 16"]
+    assert [entry["group"] for entry in quick["commits"]] == ["reverse 12", "reverse 16"]
     assert one["pass_ms"]["1"] > 0
 
 
