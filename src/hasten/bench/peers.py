@@ -42,7 +42,12 @@ def transformers_model(path: Path, dtype: torch.dtype) -> Any:
         import transformers
     except ImportError as error:
         raise MissingExtraError(f"transformers is not installed ({error})", hint="pip install 'hasten[hf]'") from None
+    if path.suffix != ".gguf":
+        raise IncompatibleError(f"transformers gets a folder or a GGUF file, and {path.name} is neither", field="peers")
     reader = gguf.GGUFReader(path)
+    kind = reader.fields["general.architecture"].contents()
+    if kind != "llama":
+        raise IncompatibleError(f"{path.name} is a GGUF file of {kind!r}; only those of Llama are read here", field="peers")
     stored = {t.name: t for t in reader.tensors}
 
     def value(key: str) -> Any:
@@ -123,8 +128,8 @@ def transformers_folder(path: Path, dtype: torch.dtype) -> Any:
 def _llama(path: Path, threads: int, **options: Any) -> Any:
     """The file opened by llama.cpp; raises IncompatibleError for what is no GGUF file, MissingExtraError without the
     package."""
-    if path.suffix != ".gguf" and path.is_dir():
-        raise IncompatibleError(f"llama.cpp reads GGUF files, and {path.name} is a folder", field="peers")
+    if path.suffix != ".gguf":
+        raise IncompatibleError(f"llama.cpp reads GGUF files, and {path.name} is none", field="peers")
     try:
         import llama_cpp
     except (ImportError, OSError, RuntimeError) as error:  # its shared library may be missing or made for another machine

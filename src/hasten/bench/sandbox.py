@@ -58,8 +58,8 @@ def run(
     """Run a Python program in a folder of its own that is deleted afterwards.
 
     It gets `seconds` of CPU time and `wall_s` of wall time (default: 3 * `seconds` + 2, for machines that are busy). Raises
-    ConfigError for limits out of range, UnsupportedError on systems without resource limits, HastenError where no process can
-    be started.
+    ConfigError for limits out of range, UnsupportedError on systems without resource limits, HastenError where no process
+    can be started.
     """
     wall_s = 3 * seconds + 2 if wall_s is None else wall_s
     if os.name != "posix":
