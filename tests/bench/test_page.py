@@ -15,12 +15,64 @@ from hasten.bench.page import headline, page
 
 EVIL = '<script src="https://evil.example/x.js">alert(1)</script>"\'><img src=x onerror=alert(2)> &lt;b&gt; \x00\x1b[31m\u202e \ud800'
 TAGS = set(
-    "html head meta title style body h1 h2 h3 p small div table tr th td span details summary pre figure br svg line text "
-    "polyline circle rect".split()
+    [
+        "html",
+        "head",
+        "meta",
+        "title",
+        "style",
+        "body",
+        "h1",
+        "h2",
+        "h3",
+        "p",
+        "small",
+        "div",
+        "table",
+        "tr",
+        "th",
+        "td",
+        "span",
+        "details",
+        "summary",
+        "pre",
+        "figure",
+        "br",
+        "svg",
+        "line",
+        "text",
+        "polyline",
+        "circle",
+        "rect",
+    ]
 )
 ATTRIBUTES = set(
-    "lang charset http-equiv content name class dir viewbox role aria-label x y x1 x2 y1 y2 cx cy r width height points "
-    "text-anchor transform".split()
+    [
+        "lang",
+        "charset",
+        "http-equiv",
+        "content",
+        "name",
+        "class",
+        "dir",
+        "viewbox",
+        "role",
+        "aria-label",
+        "x",
+        "y",
+        "x1",
+        "x2",
+        "y1",
+        "y2",
+        "cx",
+        "cy",
+        "r",
+        "width",
+        "height",
+        "points",
+        "text-anchor",
+        "transform",
+    ]
 )
 
 
