@@ -34,7 +34,7 @@ def test_a_loop_and_the_engine_are_one_sampler(mini, name):
         assert (own.passes, own.computed) == (out.usage.forwards, out.usage.computed_tokens)
         assert {place for place, _ in own.commits} >= set(range(len(own.tokens)))
         assert max(forward for _, forward in own.commits) == own.passes
-        assert 0 < own.seconds
+        assert own.seconds > 0
 
 
 @pytest.mark.parametrize("config", [LLADA, DREAM], ids=["llada", "dream"])
