@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from hasten.bench import kernels
+from hasten.kernels import library
 
 PAGE = Path(__file__).parents[2] / "docs" / "bench.md"
 COMMANDS = [line.split() for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("hasten bench ")]
@@ -55,27 +56,37 @@ def test_prompts_of_ones_own(hasten, tmp_path):
     assert "line 1: it is not JSON" in broken.err
 
 
-def test_other_harnesses_are_called_by_their_suites(hasten, monkeypatch):
+def test_other_harnesses_are_called_by_their_suites(hasten, monkeypatch, tmp_path):
     seen: list[Any] = []
     module: Any = ModuleType("hasten.bench.parallelbench")
 
     def measure(llm, methods, *, seed, per_task, progress):
         seen.append((llm.name, methods, seed, per_task))
-        return {"tasks": {"x": 1}}
+        return {"suite": "parallelbench", "model": llm.name, "facts": [("x", "half right")], "machine": {"cpu": "c"}}
 
     module.measure = measure
     monkeypatch.setitem(sys.modules, "hasten.bench.parallelbench", module)
     words = ("--suite", "parallelbench", "--methods", "plain,threshold+canvas-cache", "--per-group", "2", "--seeds", "5")
-    result = hasten("bench", "mini-dlm", *words, "--json")
-    assert json.loads(result.out) == {"tasks": {"x": 1}}
+    result = hasten("bench", "mini-dlm", *words, "--out", str(tmp_path / "a.json"))
+    assert result.out.splitlines()[0] == "x: half right"
+    assert json.loads((tmp_path / "a.json").read_text())["facts"] == [["x", "half right"]]
+    assert "half right" in (tmp_path / "a.html").read_text()
     assert seen == [("mini-dlm", [("plain",), ("threshold", "canvas-cache")], 5, 2)]
-    monkeypatch.setattr(kernels, "measure", lambda model, **how: seen.append((model, how)) or {"model": model})
-    assert json.loads(hasten("bench", "m", "--suite", "kernels", "--peers", "none", "--rounds", "3", "--json").out) == {
-        "model": "m"
-    }
-    model, how = seen[-1]
-    how.pop("progress")
-    assert (model, how) == ("m", {"rounds": 3, "tokens": 128, "peers": (), "threads": None})
+
+
+@pytest.mark.skipif(not library.available(), reason="the native library was not built")
+def test_the_native_stack_is_measured_with_its_own_options(hasten, monkeypatch, tmp_path, tiny):
+    monkeypatch.setattr(kernels, "SIZES", (1, 2, 4))
+    monkeypatch.setattr(kernels, "PREFILL", 64)
+    monkeypatch.setattr(kernels, "read_bandwidth", lambda: 10e9)
+    monkeypatch.setattr(kernels.curve, "__defaults__", (16, 2))
+    out = tmp_path / "k.json"
+    words = ("--suite", "kernels", "--peers", "none", "--rounds", "2", "--tokens", "6", "--out", str(out))
+    result = hasten("bench", tiny, *words)
+    assert result.code == 0, result.err
+    assert "ms a token" in result.out
+    assert len(json.loads(out.read_text())["hasten exact"]["pass_ms"]) == 3
+    assert "Cost of a pass" in out.with_suffix(".html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def measure(
             for name in done.names
         },
         "texts": texts(llm, done, verdicts),
-        "pass_ms": pass_ms(llm),
+        "pass_ms": pass_ms(llm, progress),
         "machine": machine(*_libraries(suite, [name for name in wanted if name not in left_out])),
         "seconds": round(time.perf_counter() - started, 1),
     }
@@ -271,7 +271,7 @@ def texts(llm: LLM, done: Comparison, verdicts: Sequence[Mapping[str, Verdict]])
     return out
 
 
-def pass_ms(llm: LLM) -> dict[str, float]:
+def pass_ms(llm: LLM, progress: Progress | None = None) -> dict[str, float]:
     """t(T): milliseconds of a pass over T query tokens, measured where the native stack runs, else as the engine saw
     them."""
     from hasten.bench.kernels import CONTEXT, pass_seconds
@@ -282,4 +282,11 @@ def pass_ms(llm: LLM) -> dict[str, float]:
     caps = llm.model.capabilities
     sizes = [size for size in SIZES if size + CONTEXT <= caps.max_len]
     full = caps.kind == "masked"
-    return {str(n): round(pass_seconds(llm.model, n, CONTEXT, 3, full=full) * 1e3, 3) for n in sizes}
+    out = {}
+    for i, size in enumerate(sizes):
+        if progress is not None:
+            progress("timing passes", i, len(sizes))
+        out[str(size)] = round(pass_seconds(llm.model, size, CONTEXT, 3, full=full) * 1e3, 3)
+    if progress is not None:
+        progress("timing passes", len(sizes), len(sizes))
+    return out

@@ -200,6 +200,6 @@ def _conditions(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         *([("cases left out", f"{left_out['cases']}, too long for the model")] if left_out.get("cases") else []),
         *((f"{name} left out", why) for name, why in left_out.get("peers", {}).items()),
         *((name.replace("_", " "), value) for name, value in result["machine"].items()),
-        ("took", f"{result['seconds']:.0f} s"),
+        ("took", f"{result['seconds']:.0f} s" if "seconds" in result else ""),
     ]
     return [(name, str(value)) for name, value in rows if value != ""]

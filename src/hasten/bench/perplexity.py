@@ -109,7 +109,7 @@ def measure(
             ["likelihood", likelihood],
             *([name.replace("_", " "), str(one)] for name, one in spreads.items() if name != "tokens_per_s"),
         ],
-        "pass_ms": pass_ms(llm),
+        "pass_ms": pass_ms(llm, progress),
         "machine": machine(),
         "seconds": round(time.perf_counter() - started, 1),
     }
