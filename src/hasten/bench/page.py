@@ -14,7 +14,7 @@ _HUES = {
 }
 _BASE = (
     "*{box-sizing:border-box}"
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:860px;margin:0 auto;padding:1.2em 1em 3em;"
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:920px;margin:0 auto;padding:1.2em 1em 3em;"
     "background:var(--back);color:var(--ink)}"
     "h1{font-size:1.5em;line-height:1.25;margin:.2em 0}h2{font-size:1.15em;margin:1.8em 0 .3em}p{margin:.4em 0}"
     "small,.soft{color:var(--soft)}svg{width:100%;height:auto;display:block}"
