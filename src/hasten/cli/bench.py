@@ -107,7 +107,7 @@ def bench(
         for name in context.params
         if getattr(context.get_parameter_source(name), "name", "DEFAULT") not in ("DEFAULT", "DEFAULT_MAP")
     }
-    if out is not None and (out.suffix != ".json" or not out.parent.is_dir()):
+    if out is not None and ((out.suffix != ".json" and suite != "kernels") or not out.parent.is_dir()):
         raise ConfigError(
             f"out = {str(out)!r} is not allowed; out must be a .json file in a folder that is there", field="out"
         )
@@ -125,10 +125,11 @@ def bench(
     if out is not None:
         from hasten.bench.page import page
 
-        out.write_text(dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        out.write_text(dumps(result, indent=1) + "\n", encoding="utf-8")
         shown = _kernel_report(result, lines) if suite == "kernels" else result
-        out.with_suffix(".html").write_text(page(shown), encoding="utf-8")
-        lines.append(f"wrote {out}, {out.with_suffix('.html')}")
+        report = out.with_name(f"{out.name.removesuffix('.json')}.html")
+        report.write_text(page(shown), encoding="utf-8")
+        lines.append(f"wrote {out}, {report}")
     if json:
         typer.echo(as_json(result))
         return
