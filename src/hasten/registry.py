@@ -226,10 +226,10 @@ def parse(spec: str) -> tuple[str, dict[str, str]]:
     return slug.strip(), settings
 
 
-def build(spec: str, context: Any) -> Any:
-    """The part named by `spec` ("slug" or "slug:knob=value"), configured and built for `context`.
+def configure(spec: str) -> Any:
+    """The checked Config of the method named by `spec` ("slug" or "slug:knob=value"), without building it.
 
-    Raises ConfigError naming an unknown knob or a value outside its range.
+    Raises as `module` does, and ConfigError naming an unknown knob or a value outside its range.
     """
     slug, settings = parse(spec)
     found = module(slug)
@@ -240,7 +240,15 @@ def build(spec: str, context: Any) -> Any:
             raise unknown_name(f"knob of {slug}", knob, known)
         default = known[knob].default
         values[knob] = _value(f"{slug}.{knob}", text, type(default))
-    return found.method(found.Config(**values), context)
+    return found.Config(**values)
+
+
+def build(spec: str, context: Any) -> Any:
+    """The part named by `spec` ("slug" or "slug:knob=value"), configured and built for `context`.
+
+    Raises ConfigError naming an unknown knob or a value outside its range.
+    """
+    return module(parse(spec)[0]).method(configure(spec), context)
 
 
 def _value(name: str, text: str, kind: type) -> Any:

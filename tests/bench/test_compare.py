@@ -110,6 +110,15 @@ def test_a_runner_answers_as_the_engine_does():
     given = runner(llm, lambda: Parts(llm.parts(("token-recycling",)).drafter))(prompt, 12)
     assert given.tokens == plain.tokens
     assert given.drafted > 0
+    whole = runner(llm, "token-recycling", whole=True)(prompt, 12)
+    assert whole.tokens == plain.tokens
+    assert plain.drafts == plain.commits == whole.commits == ()
+    for drafted in (given, whole):
+        assert sum(kept for _, kept in drafted.drafts) == drafted.accepted
+        assert all(0 <= kept <= depth for depth, kept in drafted.drafts)
+        assert sum(depth for depth, _ in drafted.drafts) <= drafted.drafted
+    ended = runner(llm, "plain", ends=True)(prompt, 200).tokens
+    assert ended == llm.generate([5, 9, 13], method="plain", max_tokens=200).tokens
     sampled = [runner(llm, "plain", temperature=1.0)(prompt, 12).tokens for _ in range(2)]
     assert sampled[0] == sampled[1] != plain.tokens
     before = llm.parts(("token-recycling",))

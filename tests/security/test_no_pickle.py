@@ -137,6 +137,14 @@ def test_cve_2025_69872_no_dependency_pickles_for_a_living():
 
 
 def test_lm_eval_no_code_that_a_model_wrote_is_run():
-    """Its --confirm_run_unsafe_code: hasten has no task that runs code, so no flag; processes are of our own making."""
+    """Its --confirm_run_unsafe_code: one suite of the bench runs code, with a flag only (tests/bench/test_sandbox.py)."""
+    from hasten.bench.cases import humaneval
+    from hasten.errors import ConfigError
+
     users = {file.path for file in FILES if any(entry.target.startswith("subprocess") for entry in imports(file))}
-    assert users <= {"models/fetch.py", "bench/report.py", "bench/trained.py", "bench/peers.py", "bench/compare.py"}
+    others = {"models/fetch.py", "bench/report.py", "bench/trained.py", "bench/peers.py", "bench/compare.py"}
+    assert users <= {*others, "bench/sandbox.py"}
+    callers = {file.path for file in FILES if any("bench.sandbox" in entry.target for entry in imports(file))}
+    assert callers == {"bench/cases/humaneval.py"}
+    with pytest.raises(ConfigError, match="run-code"):
+        humaneval.ready(humaneval.suite.options)

@@ -34,6 +34,7 @@ ONLY_IN = {
     **dict.fromkeys(("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"), ("serve",)),
     "ray": ("serve.cluster", "serve.replicas", "serve.batch"),
     "lm_eval": ("bench",),
+    "reasoning_gym": ("bench.cases",),
 }
 
 BANNED_MODULES = frozenset(
@@ -47,7 +48,7 @@ BANNED_CALLS = frozenset(
 )
 BANNED_WORDS = frozenset(("trust_remote_code", "allow_pickle"))
 # Libraries that raise bare Exception for bad input, what must not end other requests' rows, and last lines of defence:
-# the command's, the server's threads'.
+# the command's, the server's threads', and that of a process that runs what a model wrote.
 BROAD_EXCEPTS = frozenset(
     (
         ("failure.py", "contained"),
@@ -57,6 +58,7 @@ BROAD_EXCEPTS = frozenset(
         ("models/hf.py", "load_adapted"),
         ("models/hf.py", "_probe"),
         ("cli/__init__.py", "main"),
+        ("bench/confined.py", "main"),
         ("serve/access.py", "__call__"),
         ("serve/worker.py", "_run"),
         ("serve/worker.py", "_turn"),

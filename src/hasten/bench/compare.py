@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hasten.bench.report import Progress, Spread
@@ -19,6 +19,7 @@ from hasten.errors import out_of_range, unknown_name
 if TYPE_CHECKING:
     from hasten.engine.engine import Parts
     from hasten.llm import LLM
+    from hasten.types import Event
 
 SEEDS = (0, 1, 2)
 BASELINES = {"plain": "plain", "prompt-lookup": "prompt-lookup"}  # what every drafter is compared with
@@ -27,7 +28,9 @@ BASELINES = {"plain": "plain", "prompt-lookup": "prompt-lookup"}  # what every d
 @dataclass(frozen=True, slots=True)
 class Answer:
     """One answer by one method: its tokens and what it cost. `seconds` is the whole request, `decode_s` without reading
-    the prompt, `passes` target passes after the prompt (0 where a peer does not tell), `draft_s` time spent drafting."""
+    the prompt, `passes` target passes after the prompt (0 where a peer does not tell), `draft_s` time spent drafting.
+    `computed`: query tokens through the model. `drafts`: (depth of a draft, how many of its tokens were kept) of every pass
+    that verified one. `commits`: (place after the prompt, forward in which it became final) of a canvas."""
 
     tokens: tuple[int, ...]
     seconds: float
@@ -36,6 +39,9 @@ class Answer:
     drafted: int = 0
     accepted: int = 0
     draft_s: float = 0.0
+    computed: int = 0
+    drafts: tuple[tuple[int, int], ...] = ()
+    commits: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,25 +74,64 @@ def prompts(llm: LLM, per_group: int, seeds: Sequence[int] = SEEDS, groups: Sequ
     return out
 
 
-def runner(llm: LLM, method: str | Sequence[str] | Callable[[], Parts], **sampling: Any) -> Runner:
+def runner(
+    llm: LLM,
+    method: str | Sequence[str] | Callable[[], Parts],
+    *,
+    ends: bool = False,
+    whole: bool = False,
+    **sampling: Any,
+) -> Runner:
     """Answers by hasten with a method, named as in `generate`, or given as a function that makes its parts.
 
-    The engine's random numbers for a prompt are seeded by the prompt, alike for all methods.
+    The engine's random numbers for a prompt are seeded by the prompt, alike for all methods. `ends`: an answer ends where
+    the model ends it, else it goes on past end tokens. `whole`: all that is drafted is verified, not only what pays here.
     """
     from hasten.types import Request, SamplingParams
 
     def run(prompt: Prompt, tokens: int) -> Answer:
         names = (method,) if isinstance(method, str) else () if callable(method) else tuple(method)
         parts = method() if callable(method) else llm.parts(names)
+        parts = replace(parts, measured=False) if whole else parts
         seed = (prompt.seed * 1_000_003 + sum(prompt.ids)) % 2**31
-        params = SamplingParams(max_tokens=tokens, ignore_eos=True, seed=seed, **sampling)
+        params = SamplingParams(max_tokens=tokens, ignore_eos=not ends, seed=seed, **sampling)
+        events: list[Event] = []
         start = time.perf_counter()
-        [[out]] = llm.engine.run([(Request(prompt.ids, params, names or ("given",)), parts)])
+        [[out]] = llm.engine.run([(Request(prompt.ids, params, names or ("given",)), parts)], events.append)
         seconds = time.perf_counter() - start
         u = out.usage
-        return Answer(out.tokens, seconds, u.decode_s, u.forwards, u.drafted_tokens, u.accepted_tokens, u.draft_s)
+        counts = (u.forwards, u.drafted_tokens, u.accepted_tokens, u.draft_s, u.computed_tokens)
+        commits = _commits(events, len(prompt.ids)) if llm.model.capabilities.kind == "masked" else ()
+        return Answer(out.tokens, seconds, u.decode_s, *counts, drafts=_drafts(events), commits=commits)
 
     return run
+
+
+def _drafts(events: Sequence[Event]) -> tuple[tuple[int, int], ...]:
+    """(depth, tokens kept) of every draft."""
+    found: list[tuple[int, int]] = []
+    for event in events:
+        if event.kind == "draft":
+            depths: list[int] = []
+            for parent in event.parents:
+                depths.append(1 if parent < 0 else depths[parent] + 1)
+            found.append((max(depths), 0))
+        elif event.kind == "accept":
+            found[-1] = (found[-1][0], len(event.tokens))
+    return tuple(found)
+
+
+def _commits(events: Sequence[Event], start: int) -> tuple[tuple[int, int], ...]:
+    """(place after the prompt, forward) of what is final at the end, in the order of places."""
+    forwards, final = 0, {}
+    for event in events:
+        if event.kind == "forward":
+            forwards += 1
+        elif event.kind == "commit" and event.token >= 0:
+            final[event.position - start] = forwards
+        elif event.kind == "commit":  # taken back
+            final.pop(event.position - start, None)
+    return tuple(sorted(final.items()))
 
 
 def compare(
@@ -96,15 +141,18 @@ def compare(
     progress: Progress | None = None,
     fresh: Callable[[], None] | None = None,
     what: str = "comparing",
+    warm: Sequence[str] = (),
+    least: int = 2,
 ) -> Comparison:
     """Answer every prompt with `tokens` new tokens by every runner, in turn; `fresh` is called before each seed's first.
 
-    The first runner is the one the others are measured against. Each seed starts with an answer that is not counted.
-    Raises ConfigError when there is nothing to compare.
+    The first runner is the one the others are measured against. Each seed starts with answers that are not counted: one of
+    the first runner, and before `fresh` one of each of `warm`. Raises ConfigError for fewer than `least` runners, and when
+    there is nothing to compare.
     """
     names = list(runners)
-    if len(names) < 2:
-        raise out_of_range("runners", names, "at least two")
+    if len(names) < least:
+        raise out_of_range("runners", names, f"at least {'two' if least == 2 else least}")
     if not over:
         raise out_of_range("prompts", over, "at least one")
     rows: list[Row] = []
@@ -114,6 +162,8 @@ def compare(
             progress(what, i, len(over))
         if prompt.seed != seed:
             seed = prompt.seed
+            for name in warm:
+                runners[name](prompt, min(tokens, 8))
             if fresh is not None:
                 fresh()
             runners[names[0]](prompt, min(tokens, 8))

@@ -1,15 +1,15 @@
 """Other programs that answer the same prompts, as runners of `hasten.bench.compare`: transformers and llama.cpp.
 
-Each gets the same token ids, decodes greedily past end tokens, and uses as many threads as torch. What is not installed is
-left out, and why is said. llama.cpp runs through llama-cpp-python on the same GGUF file, whose 4-bit weights it computes
-with as they are; its prompt lookup is the one that comes with that package.
+Each gets the same token ids, decodes greedily, past end tokens unless `ends` names some to stop at, and uses as many
+threads as torch. What is not installed is left out, and why is said. llama.cpp runs through llama-cpp-python on the same
+GGUF file, whose 4-bit weights it computes with as they are; its prompt lookup is the one that comes with that package.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from hasten.bench.compare import Answer, Prompt, Runner
-from hasten.errors import MissingExtraError
+from hasten.errors import IncompatibleError, MissingExtraError
 
 _NAMES = {
     "input_layernorm": "attn_norm",
@@ -42,7 +42,12 @@ def transformers_model(path: Path, dtype: torch.dtype) -> Any:
         import transformers
     except ImportError as error:
         raise MissingExtraError(f"transformers is not installed ({error})", hint="pip install 'hasten[hf]'") from None
+    if path.suffix != ".gguf":
+        raise IncompatibleError(f"transformers gets a folder or a GGUF file, and {path.name} is neither", field="peers")
     reader = gguf.GGUFReader(path)
+    kind = reader.fields["general.architecture"].contents()
+    if kind != "llama":
+        raise IncompatibleError(f"{path.name} is a GGUF file of {kind!r}; only those of Llama are read here", field="peers")
     stored = {t.name: t for t in reader.tensors}
 
     def value(key: str) -> Any:
@@ -81,19 +86,22 @@ def transformers_model(path: Path, dtype: torch.dtype) -> Any:
     return model.to(dtype)
 
 
-def transformers_peers(path: Path, dtype: torch.dtype) -> dict[str, Runner]:
-    """transformers' `generate`, plain and with its own prompt lookup, on the file's weights in `dtype`."""
-    model = transformers_model(path, dtype)
+def transformers_peers(path: Path, dtype: torch.dtype, ends: Sequence[int] = ()) -> dict[str, Runner]:
+    """transformers' `generate`, plain and with its own prompt lookup, on the weights of a GGUF file or folder in
+    `dtype`."""
+    model = transformers_folder(path, dtype) if path.is_dir() else transformers_model(path, dtype)
 
     def run(options: dict[str, Any]) -> Runner:
         def answer(prompt: Prompt, tokens: int) -> Answer:
             given = torch.tensor([prompt.ids])
-            common = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(given)}
+            common: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(given)}
+            common |= {"eos_token_id": list(ends)} if ends else {}
             start = time.perf_counter()
             model.generate(given, max_new_tokens=1, **common)
             first = time.perf_counter() - start
             start = time.perf_counter()
-            out = model.generate(given, max_new_tokens=tokens, min_new_tokens=tokens, **common, **options)
+            least = 1 if ends else tokens
+            out = model.generate(given, max_new_tokens=tokens, min_new_tokens=least, **common, **options)
             seconds = time.perf_counter() - start
             return Answer(tuple(out[0, len(prompt.ids) :].tolist()), seconds, seconds - first)
 
@@ -102,8 +110,26 @@ def transformers_peers(path: Path, dtype: torch.dtype) -> dict[str, Runner]:
     return {"transformers": run({}), "transformers prompt lookup": run({"prompt_lookup_num_tokens": 10})}
 
 
+def transformers_folder(path: Path, dtype: torch.dtype) -> Any:
+    """A checkpoint's folder as transformers loads it, its code never run; raises IncompatibleError where it cannot."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtraError(f"transformers is not installed ({error})", hint="pip install 'hasten[hf]'") from None
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
+    except (ValueError, OSError, KeyError) as error:
+        raise IncompatibleError(f"transformers cannot load {path.name}: {str(error)[:200]}", field="peers") from None
+    model.generation_config.eos_token_id = None
+    return model
+
+
 def _llama(path: Path, threads: int, **options: Any) -> Any:
-    """The file opened by llama.cpp; raises MissingExtraError where llama-cpp-python is not installed."""
+    """The file opened by llama.cpp; raises IncompatibleError for what is no GGUF file, MissingExtraError without the
+    package."""
+    if path.suffix != ".gguf":
+        raise IncompatibleError(f"llama.cpp reads GGUF files, and {path.name} is none", field="peers")
     try:
         import llama_cpp
     except (ImportError, OSError, RuntimeError) as error:  # its shared library may be missing or made for another machine
@@ -116,7 +142,7 @@ def _llama(path: Path, threads: int, **options: Any) -> Any:
     )
 
 
-def llama_plain(path: Path, threads: int) -> dict[str, Runner]:
+def llama_plain(path: Path, threads: int, ends: Sequence[int] = ()) -> dict[str, Runner]:
     """llama.cpp on the GGUF file without drafts, with flash attention off and on: one pass and an arg-max per token.
 
     Raises MissingExtraError where llama-cpp-python is not installed.
@@ -134,11 +160,11 @@ def llama_plain(path: Path, threads: int) -> dict[str, Runner]:
             model.eval(prompt.ids)
             out = [best()]
             first = time.perf_counter()
-            while len(out) < tokens:
+            while len(out) < tokens and out[-1] not in ends:
                 model.eval(out[-1:])
                 out.append(best())
             end = time.perf_counter()
-            return Answer(tuple(out), end - start, end - first, tokens - 1)
+            return Answer(tuple(out), end - start, end - first, len(out) - 1)
 
         return answer
 
@@ -148,12 +174,12 @@ def llama_plain(path: Path, threads: int) -> dict[str, Runner]:
     }
 
 
-def llama_peers(path: Path, threads: int) -> dict[str, Runner]:
+def llama_peers(path: Path, threads: int, ends: Sequence[int] = ()) -> dict[str, Runner]:
     """llama.cpp on the GGUF file: plain, with and without flash attention, and with its own prompt lookup.
 
     Raises MissingExtraError where llama-cpp-python is not installed.
     """
-    found = llama_plain(path, threads)
+    found = llama_plain(path, threads, ends)
     from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
     model = _llama(path, threads, draft_model=LlamaPromptLookupDecoding(num_pred_tokens=10))
@@ -176,7 +202,7 @@ def llama_peers(path: Path, threads: int) -> dict[str, Runner]:
             out.append(int(token))
             if len(out) == 1:
                 first, passes = time.perf_counter(), 0
-            if len(out) == tokens:
+            if len(out) == tokens or out[-1] in ends:
                 break
         end = time.perf_counter()
         return Answer(tuple(out), end - start, end - first, passes)
@@ -184,16 +210,25 @@ def llama_peers(path: Path, threads: int) -> dict[str, Runner]:
     return {**found, "llama.cpp prompt lookup": answer}
 
 
-def peers(path: Path, dtype: torch.dtype, wanted: tuple[str, ...] = ("transformers", "llama.cpp")) -> dict[str, Runner]:
-    """The runners of all `wanted` peers that are installed; the others are named on stderr with the reason."""
+def peers(
+    path: Path,
+    dtype: torch.dtype,
+    wanted: tuple[str, ...] = ("transformers", "llama.cpp"),
+    ends: Sequence[int] = (),
+    left_out: dict[str, str] | None = None,
+) -> dict[str, Runner]:
+    """The runners of all `wanted` peers that can be used; the others are named with why, in `left_out` or on stderr."""
     found: dict[str, Runner] = {}
     makers: dict[str, Callable[[], dict[str, Runner]]] = {
-        "transformers": lambda: transformers_peers(path, dtype),
-        "llama.cpp": lambda: llama_peers(path, torch.get_num_threads()),
+        "transformers": lambda: transformers_peers(path, dtype, ends),
+        "llama.cpp": lambda: llama_peers(path, torch.get_num_threads(), ends),
     }
     for name in wanted:
         try:
             found |= makers[name]()
-        except MissingExtraError as error:
-            print(f"{name} is left out: {error}", file=sys.stderr, flush=True)
+        except (MissingExtraError, IncompatibleError) as error:
+            if left_out is None:
+                print(f"{name} is left out: {error}", file=sys.stderr, flush=True)
+            else:
+                left_out[name] = str(error)
     return found

@@ -32,6 +32,12 @@ CHAT = (
 )
 _MODULES = ("textwrap", "shlex", "bisect", "heapq", "statistics", "fnmatch", "colorsys", "posixpath", "string", "calendar")
 
+_DOCUMENTED = (
+    "bisect", "heapq", "shlex", "statistics", "fnmatch", "textwrap", "colorsys", "typing", "random", "enum", "difflib",
+    "graphlib", "zipfile", "sched", "fractions", "optparse", "tokenize", "traceback", "pickletools", "doctest", "unittest",
+    "logging", "csv", "gettext", "locale", "socketserver", "string", "ast",
+)  # fmt: skip
+
 
 def _functions() -> list[tuple[str, str]]:
     """(module.name, source) of well-sized functions of the standard library, in a fixed order."""
@@ -49,13 +55,15 @@ def _functions() -> list[tuple[str, str]]:
     return found
 
 
+def documentation() -> str:
+    """Documentation strings of modules of the standard library, whole, one after another."""
+    return "\n\n".join(inspect.getdoc(import_module(name)) or "" for name in _DOCUMENTED)
+
+
 def _texts() -> list[tuple[str, str]]:
     """(module, first paragraphs) of documentation strings of the standard library."""
-    names = ("bisect", "heapq", "shlex", "statistics", "fnmatch", "textwrap", "colorsys", "typing", "random", "enum",
-             "difflib", "graphlib", "zipfile", "sched", "fractions", "optparse", "tokenize", "traceback", "pickletools",
-             "doctest", "unittest", "logging", "csv", "gettext", "locale", "socketserver", "string", "ast")  # fmt: skip
     found = []
-    for name in names:
+    for name in _DOCUMENTED:
         text = inspect.getdoc(import_module(name)) or ""
         if len(text) >= 250:
             found.append((name, text[:900]))
