@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 
-from hasten.bench import kernels
+from hasten.bench import kernels, parallelbench
 from hasten.kernels import library
 
 PAGE = Path(__file__).parents[2] / "docs" / "bench.md"
@@ -56,22 +54,19 @@ def test_prompts_of_ones_own(hasten, tmp_path):
     assert "line 1: it is not JSON" in broken.err
 
 
-def test_other_harnesses_are_called_by_their_suites(hasten, monkeypatch, tmp_path):
-    seen: list[Any] = []
-    module: Any = ModuleType("hasten.bench.parallelbench")
-
-    def measure(llm, methods, *, seed, per_task, progress):
-        seen.append((llm.name, methods, seed, per_task))
-        return {"suite": "parallelbench", "model": llm.name, "facts": [("x", "half right")], "machine": {"cpu": "c"}}
-
-    module.measure = measure
-    monkeypatch.setitem(sys.modules, "hasten.bench.parallelbench", module)
+def test_parallelbench_answers_with_every_method_named(hasten, monkeypatch, tmp_path):
+    measure = parallelbench.measure
+    monkeypatch.setattr(parallelbench, "measure", lambda *a, **k: measure(*a, **k, tasks=["reverse", "shuffle"]))
+    out = tmp_path / "a.json"
     words = ("--suite", "parallelbench", "--methods", "plain,threshold+canvas-cache", "--per-group", "2", "--seeds", "5")
-    result = hasten("bench", "mini-dlm", *words, "--out", str(tmp_path / "a.json"))
-    assert result.out.splitlines()[0] == "x: half right"
-    assert json.loads((tmp_path / "a.json").read_text())["facts"] == [["x", "half right"]]
-    assert "half right" in (tmp_path / "a.html").read_text()
-    assert seen == [("mini-dlm", [("plain",), ("threshold", "canvas-cache")], 5, 2)]
+    result = hasten("bench", "mini-dlm", *words, "--out", str(out))
+    assert result.code == 0, result.err
+    found = json.loads(out.read_text())
+    assert set(found["tasks"]) == {"reverse", "shuffle"}
+    plain, fast = found["tasks"]["reverse"]["methods"].values()
+    assert plain["tokens_per_step"] <= fast["tokens_per_step"]
+    assert all(text in result.out for _, text in found["facts"])
+    assert found["facts"][0][1] in html.unescape(out.with_suffix(".html").read_text())
 
 
 @pytest.mark.skipif(not library.available(), reason="the native library was not built")

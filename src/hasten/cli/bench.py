@@ -213,24 +213,17 @@ def _parallelbench(
     model: str, loading: Mapping[str, Any], methods: str | None, per_task: int | None, seeds: tuple[int, ...]
 ) -> dict[str, Any]:
     """The suite that has a harness of its own, for models that fill canvases."""
-    import importlib
+    from hasten.bench import arms, cases, parallelbench
+    from hasten.errors import out_of_range
 
-    from hasten.bench import arms, cases
-    from hasten.errors import UnsupportedError, out_of_range
-
-    try:
-        found: Any = importlib.import_module("hasten.bench.parallelbench")
-    except ModuleNotFoundError:
-        raise UnsupportedError("suite 'parallelbench' is not in this version", field="suite") from None
     if len(seeds) != 1 and seeds != (0, 1, 2):
         raise out_of_range("seeds", list(seeds), "one number for suite 'parallelbench'")
     chosen = arms.parse(methods or cases.ARMS["masked"])
     llm = open_model(model, **loading)
     with progress_bar() as progress:
-        result: dict[str, Any] = found.measure(
+        return parallelbench.measure(
             llm, list(chosen.values()), seed=seeds[0], per_task=4 if per_task is None else per_task, progress=progress
         )
-    return result
 
 
 def _kernels(model: str, rounds: int, tokens: int, peers: Sequence[str] | None, threads: int | None) -> dict[str, Any]:
