@@ -58,7 +58,7 @@ def by_hand(model, target, tokens: list[int], depth: int, width: int, count: int
             feats = torch.cat((true, *(f[None] for f in fed)))
             following = torch.tensor([*tokens[1:], *path])
             out = model.dense(feats[None], target.embeddings(following)[None])[0, -1]
-            share = torch.nn.functional.linear(model.norm(out), model.head.weight).softmax(-1)
+            share = model.head(model.norm(out)[None])[0].softmax(-1)
             best = share.topk(width)
             return list(zip(best.indices.tolist(), best.values.tolist(), strict=True)), model.fed_back(out)
 
