@@ -25,7 +25,7 @@ EVERY = [*ROOT.glob("*.md"), *sorted(DOCS.rglob("*.md"))]
 FENCE = re.compile(r'^```(\w*)(?: title="([^"\n]+)")?[^\n]*\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 MARK = re.compile(r"<!-- no-run: ((?:(?!-->).)+?) -->\s*\Z", re.DOTALL)
 RUN = ("bash", "console", "python")
-SHOWN = ("text", "yaml", "toml", "ini")  # blocks that are no commands
+SHOWN = ("text", "yaml", "toml", "ini", "json")  # blocks that are no commands
 REASONS = (
     *("takes about", "takes over", "trains", "writing the answers takes", "needs ", "downloads ", "fetches "),
     *("installs ", "changes the system", "listens on every address", ".ci/run calls"),

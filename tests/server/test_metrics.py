@@ -214,9 +214,9 @@ def test_a_client_that_leaves_is_counted_and_its_request_ends_as_aborted(server)
     assert after["hasten_rows_running"][("tiny",)] == 0
 
 
-def test_metrics_are_behind_the_key_and_count_who_had_none(tiny):
+def test_metrics_are_behind_the_key_and_count_who_had_none(tmp_path):
     with (
-        serving({"tiny": tiny}, Settings(keys=(KEY,))) as served,
+        serving({"tiny": hasten.load(write_model(tmp_path))}, Settings(keys=(KEY,))) as served,
         served.client() as nobody,
         served.client(KEY) as somebody,
     ):
