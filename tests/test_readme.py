@@ -19,7 +19,10 @@ import typer
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-ELSEWHERE = {"guide/serving.md": "tests/server/test_serving_guide.py"}  # page -> the test that runs its blocks
+ELSEWHERE = {  # page -> the test that runs its blocks
+    "guide/serving.md": "tests/server/test_serving_guide.py",
+    "guide/tuning.md": "tests/cli/test_tune.py",
+}
 IN_ORDER = ("guide/adding-a-method.md",)
 EVERY = [*ROOT.glob("*.md"), *sorted(DOCS.rglob("*.md"))]
 FENCE = re.compile(r'^```(\w*)(?: title="([^"\n]+)")?[^\n]*\n(.*?)^```$', re.MULTILINE | re.DOTALL)
