@@ -40,6 +40,10 @@ def combine(names: tuple[str, ...], context: MethodContext, cost: Callable[[], P
     if any(slug in ("auto", "plain") for slug in slugs):
         if len(slugs) > 1:
             raise IncompatibleError(f"method {slugs[0]!r} cannot be combined with {slugs[1]!r}", field="method")
+        if registry.parse(names[0])[1]:
+            raise ConfigError(
+                f"method {slugs[0]!r} is a preset and has no settings", hint="name a method, and set it", field="method"
+            )
         if slugs[0] == "plain":
             return PLAIN
         names = _auto(context)

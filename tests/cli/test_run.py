@@ -106,6 +106,8 @@ def test_stats_go_to_stderr(hasten, tiny, form):
         (["--dtype", "float64"], "dtype = 'float64'", ""),
         (["--threads", "0"], "threads = 0", ""),
         (["--method", "prompt-lokup"], "unknown method 'prompt-lokup'", "'prompt-lookup'"),
+        (["--method", "plain:x=1"], "method 'plain' is a preset", "name a method, and set it"),
+        (["--method", "auto:nodes=4"], "method 'auto' is a preset", "name a method, and set it"),
         (["--method", "prompt-lookup:node=1"], "unknown knob of prompt-lookup 'node'", "'nodes'"),
         (["--method", "prompt-lookup:nodes=0"], "prompt-lookup.nodes = 0", ""),
         (["--method", "plain", "--method", "prompt-lookup"], "method 'plain' cannot be combined", ""),
