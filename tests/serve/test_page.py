@@ -211,7 +211,7 @@ def test_the_page_and_the_real_server_agree(tmp_path):
     from official import load, serving
 
     with serving({"tiny-chat": load(write_model(tmp_path)), "mini-dlm": load("mini-dlm")}) as served:
-        found = browse(f"{served.url}/", HASTEN_PAGE_REAL="1")
+        found = browse(f"{served.base}/", HASTEN_PAGE_REAL="1")
     assert found == dict.fromkeys(found, "ok")
     assert len(found) == 3
 
