@@ -317,7 +317,8 @@ def arms(args: argparse.Namespace, gguf: Path, folder: Path) -> dict[str, dict[s
             "port": port,
             "health": "/ready",
             "model": "smollm2-135m",
-            "extra": {"hasten": {**extra, "ignore_eos": True}},
+            # a label of its own: both arms ask one server the same prompts, and must not read them from each other's cache
+            "extra": {"hasten": {**extra, "ignore_eos": True}, "prompt_cache_key": name},
         }
     how = [sys.executable, "-m", "hasten", "serve", "smollm2-135m", "--threads", "2", "--log-level", "warning"]
     out["hasten"]["command"] = [*how, "--port", str(out["hasten"]["port"])]
