@@ -322,31 +322,3 @@ def _kernel_lines(result: dict[str, Any]) -> list[str]:
                 + ("" if name == mode else f", hasten is {x['median']:.2f}x ({x['min']:.2f}-{x['max']:.2f}) as fast")
             )
     return out
-    out = [
-        f"{result['model']}: {result['weight_mb']} MB of weights a token, {result['isa']}, "
-        f"{result['machine']['threads']} threads; this machine reads {result['read_gb_per_s']} GB/s"
-    ]
-    if "loading" in result:
-        f = result["loading"]
-        out.append(
-            f"repacking {f['repack_s']:.2f} s; load to first token, packed before: {f['load_to_first_token_s']:.2f} s"
-        )
-    for mode in ("hasten exact", "hasten int8"):
-        r = result[mode]
-        ratios = ", ".join(f"{n}: {v}" for n, v in r["ratio_to_one"].items())
-        parts = ", ".join(f"{name} {share:.0%}" for name, share in r["share_of_time"]["1"].items())
-        out += [
-            f"{mode}: {r['short_context_ms']:.2f} ms a token, {r['gb_per_s']} GB/s ({r['share_of_bandwidth']:.0%} of that)",
-            f"  prompts: {r['prompt_tokens_per_s']} tokens/s",
-            f"  a pass over T tokens against one: {ratios}",
-            f"  of one token's time: {parts}",
-            f"  a canvas of 256: {r['canvas_256_ms']} ms; a block of 32 of it, the rest cached: {r['block_32_ms']} ms, "
-            f"{r['canvas_over_block']}x less",
-        ]
-        for name, f in result[f"race, {mode}"].items():
-            s, x = f["tokens_per_s"], f["first_over_this"]
-            out.append(
-                f"  {name}: {s['median']:.0f} tokens/s ({s['min']:.0f}-{s['max']:.0f})"
-                + ("" if name == mode else f", hasten is {x['median']:.2f}x ({x['min']:.2f}-{x['max']:.2f}) as fast")
-            )
-    return out

@@ -43,16 +43,19 @@ async def chat(body: ChatBody, request: Request) -> Response:
         form=generation.form(body, asked, offer),
         label=body.prompt_cache_key,
     )
+    formed = asked is not None
     head = Head(f"chatcmpl-{secrets.token_hex(12)}", int(time.time()), body.model)
     if body.stream:
-        return EventStream(chunks(job, body, head, offer), job.answer.cancel, {"X-Hasten-Method": ",".join(job.method)})
+        return EventStream(
+            chunks(job, body, head, offer, formed), job.answer.cancel, {"X-Hasten-Method": ",".join(job.method)}
+        )
     try:
         outputs = await generation.until_gone(request, job.outputs())
     finally:
         job.answer.cancel()
     content = {
         **head.json("chat.completion"),
-        "choices": [choice(job, output, offer, asked is not None) for output in outputs],
+        "choices": [choice(job, output, offer, formed) for output in outputs],
         "usage": generation.usage_json(job.requests, outputs),
         "hasten": generation.extension(outputs),
     }
@@ -109,12 +112,11 @@ def choice(job: Job, output: Output, offer: Offer | None, formed: bool) -> dict[
     }
 
 
-async def chunks(job: Job, body: ChatBody, head: Head, offer: Offer | None) -> AsyncIterator[dict[str, Any]]:
+async def chunks(job: Job, body: ChatBody, head: Head, offer: Offer | None, formed: bool) -> AsyncIterator[dict[str, Any]]:
     """The answer as chunks: roles first, then what every step commits, then the counts where they were asked for."""
     start = head.json("chat.completion.chunk")
     usage = body.stream_options is not None and body.stream_options.include_usage
     rest: dict[str, Any] = {"usage": None} if usage else {}
-    formed = grammar(body.response_format) is not None
     parsers = [None if offer is None else reader(job, offer, index, formed) for index in range(job.choices)]
     for index in range(job.choices):
         first = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
