@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -90,7 +91,7 @@ def test_a_model_without_a_template_cannot_chat(hasten, bare):
 class Terminal:
     """`hasten` on a pseudo-terminal: what a person types and sees."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, before: Callable[[], object] | None = None) -> None:
         self.master, slave = pty.openpty()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "hasten", *arguments],
@@ -98,6 +99,7 @@ class Terminal:
             stdout=slave,
             stderr=slave,
             start_new_session=True,
+            preexec_fn=before,
             env={**os.environ, "TERM": "dumb", "COLUMNS": "200"},
         )
         os.close(slave)
@@ -115,18 +117,29 @@ class Terminal:
                     assert self.seen.count(text) >= count, f"no {text!r} in {self.seen[-2000:]!r}"
         return self.seen
 
+    def wait_for_more(self, characters: int, timeout_s: float = 30) -> None:
+        """Read until so many more characters were seen: an answer is under way."""
+        before, end = len(self.seen), time.monotonic() + timeout_s
+        while len(self.seen) < before + characters:
+            assert time.monotonic() < end, f"no more text behind {self.seen[-2000:]!r}"
+            if select.select([self.master], [], [], 0.2)[0]:
+                self.seen += os.read(self.master, 4096).decode("utf-8", errors="replace")
+
     def type(self, text: str) -> None:
         """Send keys."""
         os.write(self.master, text.encode())
 
-    def ctrl_c(self, text: str) -> None:
+    def ctrl_c(self, text: str, again_s: float | None = None) -> None:
         """What Ctrl-C does to the foreground process, again until `text` appears behind what was seen before.
 
-        readline shows its prompt a moment before it listens; a signal in between is lost.
+        readline shows its prompt a moment before it listens; a signal in between is lost. `again_s`: twice each time.
         """
         seen = self.seen.count(text)
         for left in range(9, -1, -1):
             self.process.send_signal(signal.SIGINT)
+            if again_s is not None:
+                time.sleep(again_s)
+                self.process.send_signal(signal.SIGINT)
             try:
                 self.wait_for(text, seen + 1, 60 if left == 0 else 3)
                 return
@@ -153,17 +166,39 @@ def test_ctrl_c_stops_one_answer_and_ctrl_d_leaves(terminal):
     terminal.ctrl_c("> ")  # at the prompt: the line is dropped, nothing else
     for turn in (1, 2):
         terminal.type("fox\n")
-        before = len(terminal.wait_for("fox\r\n", turn))
-        end = time.monotonic() + 30
-        while len(terminal.seen) < before + 20 and time.monotonic() < end:
-            if select.select([terminal.master], [], [], 0.2)[0]:
-                terminal.seen += os.read(terminal.master, 4096).decode("utf-8", errors="replace")
+        terminal.wait_for("fox\r\n", turn)
+        terminal.wait_for_more(20)
         assert terminal.process.poll() is None
         prompts = terminal.seen.count("\n> ")
         terminal.ctrl_c("[stopped]")
         terminal.wait_for("\n> ", prompts + 1)
     terminal.type("\x04")
     assert terminal.process.wait(30) == 0
+
+
+def test_an_impatient_ctrl_c_ends_no_conversation(terminal):
+    """Pressed again while the answer stops, or between answers, it does nothing."""
+    terminal.wait_for("> ")
+    for turn, gap_s in enumerate((0, 0, 0, 0.0005, 0.002), 1):
+        terminal.type("fox\n")
+        terminal.wait_for("fox\r\n", turn)
+        terminal.wait_for_more(20)
+        prompts = terminal.seen.count("\n> ")
+        terminal.ctrl_c("[stopped]", gap_s)
+        terminal.wait_for("\n> ", prompts + 1)
+        assert terminal.process.poll() is None
+    terminal.type("\x04")
+    assert terminal.process.wait(30) == 0
+
+
+def test_ctrl_c_is_heard_where_the_shell_that_started_it_ignores_it(endless):
+    """As for what a script starts with `&`; a terminal means it all the same."""
+    opened = Terminal("chat", endless, "--max-tokens", "90000", before=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    try:
+        opened.wait_for("> ")
+        opened.ctrl_c("> ")
+    finally:
+        opened.close()
 
 
 def test_an_error_does_not_end_a_conversation_at_the_terminal(tiny):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
@@ -29,10 +32,11 @@ from hasten.cli._shared import (
 
 if TYPE_CHECKING:
     from hasten.llm import LLM
-    from hasten.types import Event, Output
+    from hasten.types import Output
 
 _HELP = "/reset forgets the conversation, /exit leaves (so does Ctrl-D), Ctrl-C stops an answer, /help prints this."
 _COMMAND = re.compile(r"/[a-z]+")
+_IMPATIENT_S = 0.5  # two signals within this time are one Ctrl-C
 
 
 def register(app: typer.Typer) -> None:
@@ -81,8 +85,10 @@ def chat(
         llm.load_state(state)
     start = [{"role": "system", "content": system}] if system else []
     history = list(start)
-    terminal = sys.stdin.isatty()
-    for line in _lines(terminal):
+    terminal, ctrl_c = sys.stdin.isatty(), _CtrlC()
+    if terminal:
+        signal.signal(signal.SIGINT, ctrl_c)
+    for line in _lines(terminal, ctrl_c):
         if line == "/exit":
             break
         if line == "/reset":
@@ -92,7 +98,7 @@ def chat(
         else:
             history.append({"role": "user", "content": line})
             try:
-                answer, output = _answer(llm, history, json, {"method": chosen, **fields})
+                answer, output = _answer(llm, history, json, {"method": chosen, **fields}, ctrl_c)
             except HastenError as error:
                 if not terminal:
                     raise
@@ -106,7 +112,20 @@ def chat(
         llm.save_state(state)
 
 
-def _lines(terminal: bool) -> Iterator[str]:
+class _CtrlC:
+    """Ctrl-C as people mean it: it stops what is being typed or answered, and nothing else, however often it is pressed."""
+
+    def __init__(self) -> None:
+        self.heard, self.last_s = False, -math.inf
+
+    def __call__(self, *signal: object) -> None:
+        now_s = time.monotonic()
+        if self.heard and now_s - self.last_s > _IMPATIENT_S:  # what is stopping is not stopped again
+            self.last_s = now_s
+            raise KeyboardInterrupt
+
+
+def _lines(terminal: bool, ctrl_c: _CtrlC) -> Iterator[str]:
     """What the user says, line by line and never empty, until the end of input; Ctrl-C drops the line being typed."""
     if terminal:
         with suppress(ImportError):
@@ -114,7 +133,11 @@ def _lines(terminal: bool) -> Iterator[str]:
         print(_HELP, file=sys.stderr)
     while True:
         try:
-            line = input("> " if terminal else "").strip()
+            try:
+                ctrl_c.heard = True
+                line = input("> " if terminal else "").strip()
+            finally:
+                ctrl_c.heard = False
         except EOFError:
             return
         except KeyboardInterrupt:
@@ -126,20 +149,25 @@ def _lines(terminal: bool) -> Iterator[str]:
             yield line
 
 
-def _answer(llm: LLM, history: list[dict[str, str]], json: bool, options: dict[str, Any]) -> tuple[str, Output | None]:
+def _answer(
+    llm: LLM, history: list[dict[str, str]], json: bool, options: dict[str, Any], ctrl_c: _CtrlC
+) -> tuple[str, Output | None]:
     """The answer as it was printed, and its Output; None when Ctrl-C stopped it."""
     parts: list[str] = []
     events: Any = llm.chat_stream(history, **options)
     with closing(events):
         try:
-            seen: Iterator[Event] = events if json else print_text(events)
-            for event in seen:
-                if event.kind == "commit":
-                    parts.append(event.text)
-                if event.output is not None:
-                    if json:
-                        typer.echo(as_json(output_json(llm, event.output)))
-                    return "".join(parts), event.output
+            try:
+                ctrl_c.heard = True
+                for event in events if json else print_text(events):
+                    if event.kind == "commit":
+                        parts.append(event.text)
+                    if event.output is not None:
+                        if json:
+                            typer.echo(as_json(output_json(llm, event.output)))
+                        return "".join(parts), event.output
+            finally:
+                ctrl_c.heard = False
         except KeyboardInterrupt:
             print(" [stopped]", file=sys.stderr)
     return "".join(parts), None
