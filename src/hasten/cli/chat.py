@@ -118,6 +118,10 @@ class _CtrlC:
     def __init__(self) -> None:
         self.heard, self.last_s = False, -math.inf
 
+    def listen(self) -> None:
+        """From here on there is something to stop, until `heard` is set to False."""
+        self.heard, self.last_s = True, -math.inf
+
     def __call__(self, *signal: object) -> None:
         now_s = time.monotonic()
         if self.heard and now_s - self.last_s > _IMPATIENT_S:  # what is stopping is not stopped again
@@ -134,7 +138,7 @@ def _lines(terminal: bool, ctrl_c: _CtrlC) -> Iterator[str]:
     while True:
         try:
             try:
-                ctrl_c.heard = True
+                ctrl_c.listen()
                 line = input("> " if terminal else "").strip()
             finally:
                 ctrl_c.heard = False
@@ -158,7 +162,7 @@ def _answer(
     with closing(events):
         try:
             try:
-                ctrl_c.heard = True
+                ctrl_c.listen()
                 for event in events if json else print_text(events):
                     if event.kind == "commit":
                         parts.append(event.text)
