@@ -17,14 +17,18 @@ from hasten.models.tokenizer import Tokenizer
 from hasten.models.transformer import Transformer
 from hasten.train import alphabet, network
 from hasten.train.network import KINDS, Network, Shape, attend, block_causal
-from hasten.train.released import MODEL_TYPES, config_of, export, read, released
+from hasten.train.released import config_of, export, model_type, read, released
 
 TINY = Shape(hidden=32, layers=2, heads=2, ffn=48)
 
 
-def tiny(kind: str, seed: int = 0) -> Network:
+LAYOUTS = (*KINDS, "shift")  # the last: fully visible, every state foretells the next place
+
+
+def tiny(layout: str, seed: int = 0) -> Network:
     """A network whose weights are large enough to matter."""
-    net = Network(replace(TINY, kind=kind), seed)
+    shift = layout == "shift"
+    net = Network(replace(TINY, kind="full" if shift else layout, shift=shift), seed)
     with torch.no_grad():
         for weight in net.parameters():
             if weight.ndim == 2:
@@ -36,7 +40,7 @@ def ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(4, alphabet.SIZE, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize("train", [False, True])
 def test_padding_and_other_rows_change_nothing(kind, train):
     net, row = tiny(kind), ids(1, 19)
@@ -116,7 +120,7 @@ def test_the_mask_is_never_written_by_a_diffusion_network():
         assert (scores[..., alphabet.MASK] == float("-inf")).all() == (kind != "causal")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LAYOUTS)
 def test_exports_are_read_back_and_small(kind, tmp_path):
     net = tiny(kind)
     export(net, tmp_path, {"name": "x"})
@@ -126,7 +130,9 @@ def test_exports_are_read_back_and_small(kind, tmp_path):
         assert torch.equal(weight, net.state_dict()[name].half().float())
     assert {one.dtype for one in load_file(tmp_path / "model.safetensors").values()} == {torch.float16}
     assert json.loads((tmp_path / "card.json").read_text())["name"] == "x"
-    assert sum(p.numel() for p in Network(Shape(kind=kind)).parameters()) * 2 < 12e6
+    assert (
+        sum(p.numel() for p in Network(replace(net.shape, hidden=256, layers=4, heads=4, ffn=704)).parameters()) * 2 < 12e6
+    )
 
 
 def test_llada_names_are_those_of_the_release():
@@ -139,11 +145,18 @@ def test_llada_names_are_those_of_the_release():
     assert (config["weight_tying"], config["mask_token_id"], config["n_kv_heads"]) == (True, alphabet.MASK, 2)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def test_a_shifted_network_is_the_other_one_whose_states_moved_on():
+    plain, moved = tiny("full"), tiny("shift")
+    with torch.no_grad():
+        before, after = plain(ids(2, 17)), moved(ids(2, 17))
+    assert torch.equal(after[:, 1:], before[:, :-1])
+    assert torch.equal(after[:, 0], before[:, 0]), "nothing stands before the first place"
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
 def test_the_decoder_stack_computes_the_same(kind, tmp_path):
-    if MODEL_TYPES[kind] not in FAMILIES:
-        pytest.skip(f"models/families.py does not read {MODEL_TYPES[kind]} yet")
     net = tiny(kind)
+    assert model_type(net.shape) in FAMILIES
     with torch.no_grad():
         for weight in net.parameters():
             weight.copy_(weight.half().float())
@@ -155,13 +168,27 @@ def test_the_decoder_stack_computes_the_same(kind, tmp_path):
     )
     from hasten.engine.masks import CAUSAL, FULL, BlockCausal
 
-    visibility = {"full": FULL, "causal": CAUSAL, "block": BlockCausal(net.shape.block)}[kind]
+    visibility = {"full": FULL, "causal": CAUSAL, "block": BlockCausal(net.shape.block)}[net.shape.kind]
     row = ids(1, 21)
     with torch.no_grad():
         theirs = stack(row, visibility=visibility)
         ours = net.logits(net(row))
+    assert config.logit_shift == net.shape.shift
+    if net.shape.shift:
+        theirs, ours = theirs[:, :-1], ours[:, 1:]
     plain = [i for i in range(alphabet.SIZE) if i != alphabet.MASK]
     assert torch.allclose(theirs[..., plain], ours[..., plain], atol=2e-5)
+
+
+def test_dream_names_are_those_of_the_release():
+    names = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
+    parts = [*names.split(), "input_layernorm", "post_attention_layernorm"]
+    expected = {f"model.layers.{i}.{part}.weight" for i in range(2) for part in parts}
+    expected |= {f"model.layers.{i}.self_attn.{part}_proj.bias" for i in range(2) for part in "qkv"}
+    expected |= {"model.embed_tokens.weight", "model.norm.weight"}
+    assert set(released(tiny("shift"))) == expected
+    config = config_of(tiny("shift").shape)
+    assert (config["model_type"], config["mask_token_id"], config["tie_word_embeddings"]) == ("Dream", alphabet.MASK, True)
 
 
 def test_another_model_is_not_read(tmp_path):
@@ -191,7 +218,9 @@ def test_the_tokenizer_reads_and_writes_every_character(tmp_path):
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id) == (100, 2, (3,), 0)
 
 
-@pytest.mark.parametrize(("field", "bad"), [("kind", "x"), ("hidden", 0), ("heads", 3), ("layers", 0), ("block", 0)])
+@pytest.mark.parametrize(
+    ("field", "bad"), [("kind", "x"), ("hidden", 0), ("heads", 3), ("layers", 0), ("block", 0), ("shift", True)]
+)
 def test_a_bad_shape_is_refused(field, bad):
     with pytest.raises(ConfigError, match=field):
-        Shape(**{field: bad})
+        Shape(**{"kind": "causal", field: bad})

@@ -26,6 +26,7 @@ from hasten.train.objectives import (
     mask_linear,
     mask_samples,
     nelbo,
+    opened,
 )
 from hasten.train.pretrain import Config, Run, objective
 from hasten.worlds import WORLDS, Sample, split_of
@@ -387,7 +388,7 @@ def small_recipes(monkeypatch):
     monkeypatch.setattr(
         minis, "MINIS",
         {
-            name: replace(one, shape=replace(TINY, kind=one.shape.kind), steps=2, matching=False)
+            name: replace(one, shape=replace(TINY, kind=one.shape.kind, shift=one.shape.shift), steps=2)
             for name, one in minis.MINIS.items()
         },
     )  # fmt: skip
@@ -405,20 +406,55 @@ def test_a_recipe_writes_a_model_with_its_card(name, small_recipes, tmp_path):
     assert minis.pretrain(name, **how)["minutes"] == facts["minutes"], "a finished run is only measured again"
 
 
-def test_the_recipe_of_mini_dlm_begins_with_layers_that_match(monkeypatch, tmp_path):
-    recipe = minis.MINIS["mini-dlm"]
-    assert recipe.matching
-    small = replace(recipe, shape=Shape(hidden=128, ffn=64, layers=2), steps=1, lr=1e-9)
-    monkeypatch.setattr(minis, "MINIS", {"mini-dlm": small})
-    how = {"tokens": 1100, "counts": {}, "work": tmp_path / "work", "out": tmp_path / "out"}
-    facts = minis.pretrain("mini-dlm", **how)
-    assert facts["started_from"] == "matching context"
-    expected = Network(small.shape)
-    minis.matching.begin(expected)
+def test_the_recipe_of_mini_dlm_begins_with_its_twin(monkeypatch, tmp_path):
+    """Before the first step it foretells what the left-to-right model does; the places behind come into sight later."""
+    from hasten.models.catalog import MINI
     from hasten.train.released import read
 
-    made = read(tmp_path / "out").get_parameter("layers.0.k.weight")
-    assert torch.allclose(made, expected.get_parameter("layers.0.k.weight"), atol=1e-3)
+    recipe = minis.MINIS["mini-dlm"]
+    monkeypatch.setattr(minis, "MINIS", {"mini-dlm": replace(recipe, steps=1, lr=1e-9)})
+    how = {"tokens": 1100, "counts": {}, "work": tmp_path / "work", "out": tmp_path / "out"}
+    assert minis.pretrain("mini-dlm", **how)["started_from"] == "mini-ar"
+    made, twin = read(tmp_path / "out"), read(MINI / "mini-ar")
+    ids = torch.tensor([[alphabet.BOS, *alphabet.encode("sum: 7 5 9\n07+5=12")]])
+    causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+    with torch.no_grad():
+        moved, plain = made.logits(made(ids, mask=causal))[:, 1:], twin.logits(twin(ids))[:, :-1]
+    assert torch.equal(moved.argmax(-1), plain.argmax(-1))
+
+
+def test_places_behind_a_query_come_into_sight_one_by_one():
+    run = Run(replace(TINY, shift=True), Config(steps=40, opening=0.5), SMALL)
+    shares = []
+    for step in (0, 5, 10, 20, 39):
+        run.step = step
+        shares.append(run.open)
+    assert shares == [0.0, 0.25, 0.5, 1.0, 1.0]
+    assert Run(TINY, Config(steps=4), SMALL).open == 1.0
+    seen = opened(3, 40, 0.25, torch.Generator().manual_seed(0))
+    before = torch.ones(40, 40, dtype=torch.bool).tril()
+    assert bool(seen[:, before].all())
+    assert float(seen[:, ~before].float().mean()) == pytest.approx(0.25, abs=0.03)
+    assert not torch.equal(seen[0], seen[1])
+    with pytest.raises(ConfigError, match="opening"):
+        Config(steps=4, opening=1.5)
+
+
+def test_a_loss_that_sees_nothing_behind_is_that_of_a_left_to_right_reader():
+    """What stands behind a masked place does not change its loss while the share is 0, and does once it is 1."""
+    net, one = loud(), given()
+    masked = torch.zeros_like(one.answer)
+    first = one.answer.float().argmax(1)
+    masked[torch.arange(3), first + 1] = True
+    other = replace(one, ids=one.ids.clone())
+    other.ids[torch.arange(3), first + 3] = alphabet.encode("q")[0]
+    values = []
+    for share in (0.0, 1.0):
+        seen = opened(*one.ids.shape, share, torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            values.append([float(loss(net, each, masked, torch.ones(masked.shape), seen=seen)) for each in (one, other)])
+    assert values[0][0] == values[0][1]
+    assert values[1][0] != values[1][1]
 
 
 def test_minutes_become_steps_once(small_recipes, tmp_path):
@@ -435,7 +471,7 @@ def test_wrong_requests_are_refused(small_recipes, tmp_path):
         ({"start": tmp_path}, "fresh weights"),
     ):
         with pytest.raises(ConfigError, match=message):
-            minis.pretrain("mini-dlm", work=tmp_path / "w", out=tmp_path / "o", **how)
+            minis.pretrain("mini-ar", work=tmp_path / "w", out=tmp_path / "o", **how)
     with pytest.raises(HastenError, match="mini-x"):
         minis.pretrain("mini-x")
     with pytest.raises(FormatError):

@@ -13,8 +13,8 @@ from hasten.errors import ConfigError, out_of_range, unknown_name
 from hasten.models.catalog import MINI
 from hasten.models.fetch import cache_dir
 from hasten.models.tokenizer import read_json
-from hasten.train import assess, matching
-from hasten.train.mixture import GROUP, Mixture
+from hasten.train import assess
+from hasten.train.mixture import GROUP, USUAL, Mixture
 from hasten.train.network import Network, Shape
 from hasten.train.pretrain import Config, Run
 from hasten.train.released import export, read
@@ -26,7 +26,7 @@ Progress = Callable[[str, int, int], None]
 class Mini:
     """A recipe: what it makes, how many steps at which rate, and the model whose weights it begins with ("": fresh).
 
-    `matching`: the first two layers begin as a circuit that matches context, held for a while (`train/matching.py`).
+    `opening` as in `Config`; `canvases` as in `Mixture`, where they differ.
     """
 
     summary: str
@@ -34,11 +34,20 @@ class Mini:
     steps: int
     lr: float
     start: str = ""
-    matching: bool = False
+    opening: float = 0.0
+    canvases: tuple[float, ...] = USUAL
 
 
 MINIS = {
-    "mini-dlm": Mini("masked diffusion, every token sees every other (LLaDA's layout)", Shape(), 4200, 5e-3, matching=True),
+    "mini-dlm": Mini(
+        "masked diffusion, every token sees every other (Dream's layout)",
+        Shape(shift=True),
+        5000,
+        4e-3,
+        "mini-ar",
+        opening=0.15,
+        canvases=(0.4, 0.41, 0.12, 0.05, 0.02),
+    ),
     "mini-ar": Mini("left to right (Llama's layout)", Shape(kind="causal"), 2400, 5e-3),
     "mini-bdlm": Mini("masked diffusion in blocks of 8 (SDAR's layout)", Shape(kind="block"), 450, 3e-3, "mini-dlm"),
 }
@@ -78,15 +87,12 @@ def pretrain(
     work = work or cache_dir() / "train" / name
     out = out or cache_dir() / "minis" / name
     work.mkdir(parents=True, exist_ok=True)
-    mixture = Mixture(tokens=tokens, seed=seed)
+    mixture = Mixture(tokens=tokens, seed=seed, canvases=recipe.canvases)
     first = _first(recipe, start)
     if minutes is not None:
         steps = _planned(recipe, minutes, mixture, work / "plan.json")
-    config = Config(steps=steps or recipe.steps, lr=recipe.lr, seed=seed, every=250)
-    run = Run(recipe.shape, config, mixture, hold=matching.hold if recipe.matching else None)
-    if recipe.matching:
-        for network in (run.network, run.averaged):
-            matching.begin(network, seed)
+    config = Config(steps=steps or recipe.steps, lr=recipe.lr, seed=seed, every=250, opening=recipe.opening)
+    run = Run(recipe.shape, config, mixture)
     if first is not None:
         run.start_from(dict(first.state_dict()))
     show("training", 0, run.config.steps)
@@ -117,7 +123,7 @@ def finish(
         "parameters": sum(p.numel() for p in network.parameters()),
         "shape": asdict(run.network.shape),
         "training": {**asdict(run.config), "mixture": asdict(run.mixture), "masking": asdict(run.masking)},
-        "started_from": MINIS[name].start if warm else "matching context" if MINIS[name].matching else "fresh weights",
+        "started_from": MINIS[name].start if warm else "fresh weights",
         "steps_done": run.step,
         "tokens_seen": run.seen,
         "answer_tokens_seen": run.answered,

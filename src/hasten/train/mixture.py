@@ -17,7 +17,7 @@ from hasten.train import alphabet
 from hasten.worlds import WORLDS, Sample, Split, World, split_of
 
 CANVASES = (32, 64, 128, 256, 512)
-_CANVAS_WEIGHTS = (0.45, 0.44, 0.075, 0.025, 0.01)
+USUAL = (0.45, 0.44, 0.075, 0.025, 0.01)  # how often answers for them come
 WEIGHTS = {
     "copy": 0.13, "reverse": 0.11, "sort": 0.13, "shuffle": 0.05, "replace": 0.08, "remove": 0.08, "close": 0.05,
     "add": 0.13, "subtract": 0.11, "sums": 0.12, "records": 0.14,
@@ -30,7 +30,7 @@ class Mixture:
     """`tokens` per batch; `short` is the share of a run in which lengths grow.
 
     `tight` is the share of answers whose window ends within 16 tokens of them, `roomy` of those in twice the usual canvas;
-    the others have the least of the usual canvases that fits.
+    the others have the least of the usual canvases that fits. `canvases` is how often answers for each of CANVASES come.
     """
 
     tokens: int = 4096
@@ -38,10 +38,15 @@ class Mixture:
     tight: float = 0.55
     roomy: float = 0.1
     seed: int = 0
+    canvases: tuple[float, ...] = USUAL
 
     def __post_init__(self) -> None:
         if self.tokens < 1100:
             raise out_of_range("tokens", self.tokens, "at least 1100, for one sample of the longest")
+        if len(self.canvases) != len(CANVASES) or min(self.canvases) < 0 or not any(self.canvases[:2]):
+            raise out_of_range(
+                "canvases", self.canvases, f"{len(CANVASES)} weights of at least 0, the first two not both 0"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,15 +93,15 @@ def draw(rng: Random, mixture: Mixture, progress: float = 1.0, split: Split = "t
     longest = CANVASES[min(len(CANVASES) - 1, int(grown * len(CANVASES)))]
     while True:
         world = WORLDS[rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]]
-        sample = sample_of(world, rng, _size(world, rng, longest, grown))
+        sample = sample_of(world, rng, _size(world, rng, mixture, longest, grown))
         if split_of(sample.prompt) == split:
             return sample, canvas_of(len(sample.answer), rng, mixture)
 
 
-def _size(world: World, rng: Random, longest: int, grown: float) -> int:
+def _size(world: World, rng: Random, mixture: Mixture, longest: int, grown: float) -> int:
     fitting = [world.fitting(canvas, above) for canvas, above in zip(CANVASES, (0, *CANVASES), strict=False)]
     allowed = [
-        (sizes, weight) for canvas, sizes, weight in zip(CANVASES, fitting, _CANVAS_WEIGHTS, strict=True)
+        (sizes, weight) for canvas, sizes, weight in zip(CANVASES, fitting, mixture.canvases, strict=True)
         if sizes and canvas <= max(longest, 64)
     ]  # fmt: skip
     sizes = rng.choices([sizes for sizes, _ in allowed], [weight for _, weight in allowed])[0]

@@ -22,7 +22,10 @@ KINDS: tuple[Kind, ...] = ("full", "causal", "block")
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Sizes of a network, in elements; `kind` says what a query sees, `block` the width of a block of the block-causal."""
+    """Sizes of a network, in elements; `kind` says what a query sees, `block` the width of a block of the block-causal.
+
+    `shift`: a place's token is read from the state of the place before it, as left-to-right networks do (Dream's layout).
+    """
 
     kind: Kind = "full"
     hidden: int = 256
@@ -34,6 +37,7 @@ class Shape:
     theta: float = 10_000.0
     eps: float = 1e-5
     block: int = 8
+    shift: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -41,6 +45,10 @@ class Shape:
         for name in ("hidden", "layers", "heads", "ffn", "vocab", "max_len", "block"):
             if getattr(self, name) < 1:
                 raise out_of_range(name, getattr(self, name), "at least 1")
+        if self.shift and self.kind != "full":
+            raise out_of_range(
+                "shift", self.shift, f"false for kind {self.kind!r}: only a fully visible network has the choice"
+            )
         if self.hidden % (2 * self.heads):
             raise out_of_range("heads", self.heads, f"a divisor of half of hidden = {self.hidden}")
 
@@ -212,7 +220,7 @@ class Network(nn.Module):
     def forward(
         self, ids: Tensor, known: Tensor | None = None, mask: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
-        """States [B, T, hidden] of ids [B, T], zeros at padding.
+        """States [B, T, hidden] of ids [B, T], zeros at padding; with `shift` each stands at the place it foretells.
 
         `known` [B, T] is false at padding, which lies behind a row and which nothing sees. `mask`
         [T, T] or [B, T, T] overrides what the kind of network sees; `positions` [T] the places 0, 1, ....
@@ -235,7 +243,8 @@ class Network(nn.Module):
         x = self.embed(flat[rows.places])
         for layer in self.layers:
             x = layer(x, rows)
-        return _Moved.apply(self.norm(x), rows.tokens, rows.places).view(count, length, -1)  # type: ignore[no-any-return,no-untyped-call]
+        states: Tensor = _Moved.apply(self.norm(x), rows.tokens, rows.places).view(count, length, -1)  # type: ignore[no-untyped-call]
+        return torch.cat((states[:, :1], states[:, :-1]), 1) if self.shape.shift else states
 
     def _rows(self, ids: Tensor, known: Tensor | None, positions: Tensor, mask: Tensor | None, causal: bool) -> Rows:
         """Tokens without the padding; in training to a multiple of 256, so that products of few shapes are computed."""

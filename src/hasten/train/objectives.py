@@ -89,13 +89,24 @@ def mask_linear(answer: Tensor, generator: torch.Generator) -> tuple[Tensor, Ten
     return masked, (1 / t).expand(answer.shape)
 
 
-def loss(network: Network, batch: Batch, masked: Tensor, weights: Tensor, form: Form = "count") -> Tensor:
-    """The loss of a diffusion network on a batch whose `masked` tokens are hidden from it.
+def opened(rows: int, length: int, share: float, generator: torch.Generator) -> Tensor:
+    """What queries see [rows, length, length]: all places before them, and `share` of those behind, drawn one by one.
+
+    A left-to-right network becomes a diffusion network while the share grows from 0 to 1 (DiffuLLaMA, arXiv 2410.17891).
+    """
+    before = torch.ones(length, length, dtype=torch.bool).tril()
+    return before | (torch.rand(rows, length, length, generator=generator) < share)
+
+
+def loss(
+    network: Network, batch: Batch, masked: Tensor, weights: Tensor, form: Form = "count", seen: Tensor | None = None
+) -> Tensor:
+    """The loss of a diffusion network on a batch whose `masked` tokens are hidden from it; `seen` as in `opened`.
 
     count: mean over the masked of each row, then over rows. linear: weighted sum over the length of the window, then the
     mean over rows. uniform: mean over all masked tokens of the batch.
     """
-    states = network(batch.ids.masked_fill(masked, alphabet.MASK), batch.known)
+    states = network(batch.ids.masked_fill(masked, alphabet.MASK), batch.known, seen)
     return reduce(network, states, batch, masked, weights, form)
 
 

@@ -19,7 +19,7 @@ from hasten.train.alphabet import PAD
 from hasten.train.loop import Pace, schedule
 from hasten.train.mixture import Batch, Mixture, batch
 from hasten.train.network import Layer, Network, Norm, Shape
-from hasten.train.objectives import Masking, block_loss, causal_loss, loss, mask_blocks, mask_samples
+from hasten.train.objectives import Masking, block_loss, causal_loss, loss, mask_blocks, mask_samples, opened
 
 Report = Callable[[int, float], None]
 Hold = Callable[[Network, float], None]
@@ -30,7 +30,8 @@ class Config:
     """A run: `steps` at learning rate `lr`, `warmup` of them rising; gradients clipped to length `clip`.
 
     `average` is the decay of the averaged weights, which are those that are kept; `every` steps a checkpoint is written.
-    `bfloat16` computes matrices in it; weights and norms stay float32.
+    `bfloat16` computes matrices in it; weights and norms stay float32. `opening` is the share of the run in which the
+    places behind a query come into its sight, for a diffusion network that begins as a left-to-right one.
     """
 
     steps: int
@@ -42,12 +43,15 @@ class Config:
     every: int = 500
     seed: int = 0
     bfloat16: bool = True
+    opening: float = 0.0
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise out_of_range("steps", self.steps, "at least 1")
         if self.lr <= 0:
             raise out_of_range("lr", self.lr, "positive")
+        if not 0 <= self.opening <= 1:
+            raise out_of_range("opening", self.opening, "in [0, 1]")
 
 
 class Run:
@@ -107,7 +111,7 @@ class Run:
             for group in optimiser.param_groups:
                 group["lr"] = c.lr * schedule(self.step, Pace(c.steps, c.lr, c.warmup, c.clip))
         with torch.autocast("cpu", torch.bfloat16, enabled=c.bfloat16):
-            value = objective(self.network, given, generator, self.masking)
+            value = objective(self.network, given, generator, self.masking, self.open)
         self.step += 1
         self.seen += int(given.known.sum())
         self.answered += int(given.answer.sum())
@@ -123,6 +127,11 @@ class Run:
         with torch.no_grad():
             torch._foreach_lerp_(list(self.averaged.parameters()), list(self.network.parameters()), 1 - share)
         return float(value.detach())
+
+    @property
+    def open(self) -> float:
+        """The share of later places that a query sees at this step."""
+        return min(1.0, self.step / (self.config.opening * self.config.steps)) if self.config.opening else 1.0
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
         """Begin with these weights, as far as names and shapes agree; the others stay fresh.
@@ -171,15 +180,19 @@ class Run:
                 yield i, p, optimiser.state.get(weight, {})
 
 
-def objective(network: Network, given: Batch, generator: torch.Generator, masking: Masking) -> Tensor:
-    """The loss that belongs to a network's kind: masked diffusion, left to right, or block by block."""
+def objective(network: Network, given: Batch, generator: torch.Generator, masking: Masking, share: float = 1.0) -> Tensor:
+    """The loss that belongs to a network's kind: masked diffusion, left to right, or block by block.
+
+    A query of masked diffusion sees `share` of the places behind it.
+    """
     kind = network.shape.kind
     if kind == "causal":
         return causal_loss(network, given)
     if kind == "block":
         return block_loss(network, given, mask_blocks(given, network.shape.block, generator))
     masked, weights = mask_samples(given.answer, generator, masking)
-    return loss(network, given, masked, weights)
+    seen = opened(*given.ids.shape, share, generator) if share < 1 else None
+    return loss(network, given, masked, weights, seen=seen)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The small models in the form of released ones: LLaDA's, Llama's or SDAR's names and config, with tokenizer and card."""
+"""The small models in the form of released ones: LLaDA's, Dream's, Llama's or SDAR's names and config, tokenizer, card."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from hasten.models.tokenizer import read_json
 from hasten.train import alphabet
 from hasten.train.network import Kind, Network, Shape
 
-MODEL_TYPES: dict[Kind, str] = {"full": "llada", "causal": "llama", "block": "sdar"}
+MODEL_TYPES: dict[tuple[Kind, bool], str] = {  # by what a query sees and whether states foretell the next place
+    ("full", False): "llada",
+    ("full", True): "Dream",
+    ("causal", False): "llama",
+    ("block", False): "sdar",
+}
 _PARTS = {  # ours: LLaDA's, everyone else's
     "attn_norm": ("attn_norm", "input_layernorm"),
     "ffn_norm": ("ff_norm", "post_attention_layernorm"),
@@ -31,9 +36,9 @@ _PARTS = {  # ours: LLaDA's, everyone else's
 }
 
 
-def released_name(name: str, kind: Kind) -> str:
-    """The released name of one of our weights."""
-    llada = kind == "full"
+def released_name(name: str, model_type: str) -> str:
+    """The released name of one of our weights in a family."""
+    llada = model_type == "llada"
     if name == "embed.weight":
         return "model.transformer.wte.weight" if llada else "model.embed_tokens.weight"
     if name == "norm.weight":
@@ -43,18 +48,28 @@ def released_name(name: str, kind: Kind) -> str:
 
 
 def released(network: Network) -> dict[str, Tensor]:
-    """The weights under their released names."""
-    return {released_name(name, network.shape.kind): weight for name, weight in network.state_dict().items()}
+    """The weights under their released names; Dream's have biases of queries, keys and values, which are zero here."""
+    kind, shape = model_type(network.shape), network.shape
+    out = {released_name(name, kind): weight for name, weight in network.state_dict().items()}
+    if kind == "Dream":
+        biased = (f"model.layers.{i}.self_attn.{part}_proj.bias" for i in range(shape.layers) for part in "qkv")
+        out |= {name: torch.zeros(shape.hidden) for name in biased}
+    return out
+
+
+def model_type(shape: Shape) -> str:
+    """The family whose layout a network has."""
+    return MODEL_TYPES[shape.kind, shape.shift]
 
 
 def config_of(shape: Shape) -> dict[str, Any]:
     """The config.json of the family."""
     ids = {"bos_token_id": alphabet.BOS, "eos_token_id": alphabet.EOS, "pad_token_id": alphabet.PAD}
     common = {
-        "model_type": MODEL_TYPES[shape.kind], "vocab_size": shape.vocab, "rope_theta": shape.theta,
+        "model_type": model_type(shape), "vocab_size": shape.vocab, "rope_theta": shape.theta,
         "rms_norm_eps": shape.eps, "torch_dtype": "float16", **ids,
     }  # fmt: skip
-    if shape.kind == "full":
+    if model_type(shape) == "llada":
         return {
             **common, "architectures": ["LLaDAModelLM"], "d_model": shape.hidden, "n_layers": shape.layers,
             "n_heads": shape.heads, "n_kv_heads": shape.heads, "mlp_hidden_size": shape.ffn, "embedding_size": shape.vocab,
@@ -67,8 +82,10 @@ def config_of(shape: Shape) -> dict[str, Any]:
         **common, "hidden_size": shape.hidden, "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.heads, "head_dim": shape.hidden // shape.heads, "intermediate_size": shape.ffn,
         "max_position_embeddings": shape.max_len, "tie_word_embeddings": True, "hidden_act": "silu",
-        "attention_bias": False,
     }  # fmt: skip
+    if shape.shift:
+        return {**heads, "architectures": ["DreamModel"], "mask_token_id": alphabet.MASK, "use_sliding_window": False}
+    heads["attention_bias"] = False
     if shape.kind == "causal":
         return {**heads, "architectures": ["LlamaForCausalLM"], "mlp_bias": False}
     return {
@@ -90,18 +107,18 @@ def export(network: Network, folder: Path, facts: dict[str, Any]) -> None:
 def read(folder: Path) -> Network:
     """The network that `export` wrote to a folder, in float32; raises FormatError for another kind of model."""
     config = read_json(folder / "config.json")
-    kinds = {model_type: kind for kind, model_type in MODEL_TYPES.items()}
+    kinds = {family: known for known, family in MODEL_TYPES.items()}
     try:
-        kind = kinds[config["model_type"]]
-        names = _SIZES[kind == "full"]
+        kind, shift = kinds[config["model_type"]]
+        names = _SIZES[config["model_type"] == "llada"]
         sizes = {ours: config[theirs] for ours, theirs in names.items()}
         shape = Shape(
             kind=kind, vocab=config["vocab_size"], theta=config["rope_theta"], eps=config["rms_norm_eps"],
-            block=config.get("block_size", 8), **sizes,
+            block=config.get("block_size", 8), shift=shift, **sizes,
         )  # fmt: skip
         network, stored = Network(shape), load_file(folder / "model.safetensors")
         network.load_state_dict(
-            {name: stored[released_name(name, kind)].float() for name in network.state_dict()},
+            {name: stored[released_name(name, config["model_type"])].float() for name in network.state_dict()},
         )
     except (KeyError, OSError, RuntimeError, TypeError) as error:
         raise FormatError(f"not a small model of hasten: {str(error)[:200]}", path=str(folder)) from None
