@@ -309,13 +309,13 @@ class Budget:
 
     def __init__(self) -> None:
         self.cost = PassCost()
-        self._books: dict[int, _Book] = {}
+        self.books: dict[int, _Book] = {}
 
     def book(self, drafter: Drafter) -> _Book:
         """The record of `drafter`."""
-        found = self._books.get(id(drafter))
+        found = self.books.get(id(drafter))
         if found is None:
-            found = self._books[id(drafter)] = _Book(drafter)
+            found = self.books[id(drafter)] = _Book(drafter)
         return found
 
     def plain(self, rows: int) -> float:

@@ -325,7 +325,7 @@ class LLM:
         Nothing may be running.
         """
         self._parts.clear()
-        self.engine.scheduler.pool.shrink()
+        self.engine.forget()
 
     def _costs(self) -> PassCost:
         """What passes cost on this machine, from its profile to begin with (measured at first use, in under a second)."""

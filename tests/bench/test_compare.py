@@ -122,5 +122,9 @@ def test_a_runner_answers_as_the_engine_does():
     sampled = [runner(llm, "plain", temperature=1.0)(prompt, 12).tokens for _ in range(2)]
     assert sampled[0] == sampled[1] != plain.tokens
     before = llm.parts(("token-recycling",))
+    cost, known = llm.engine.pass_cost.table(), llm.engine._loop.budget.books
+    assert known
     llm.forget()
+    assert not known, "nor is a drafter kept alive by what was learnt of it"
+    assert llm.engine.pass_cost.table() == cost, "the machine stays as fast as it was"
     assert llm.parts(("token-recycling",)) is not before

@@ -112,6 +112,11 @@ class Engine:
         """What decoding passes cost on this machine, as measured so far."""
         return self._loop.budget.cost
 
+    def forget(self) -> None:
+        """Drop what was learnt of drafters, and kept prompts; what passes cost stays."""
+        self._loop.budget.books.clear()
+        self.scheduler.pool.shrink()
+
     def add(self, request: Request, parts: Parts = PLAIN, deadline_s: float | None = None) -> int:
         """Queue a request and return its id; everything that can be refused is refused here, before any work.
 
