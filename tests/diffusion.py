@@ -51,6 +51,14 @@ LLADA2: dict[str, Any] = {
     "moe_router_enable_expert_bias": True, "block_size": 8, "mask_token_id": 290, "pad_token_id": 281,
     "eos_token_id": 281,
 }  # fmt: skip
+FAST: dict[str, Any] = {
+    "model_type": "Fast_dLLM_Qwen", "architectures": ["Fast_dLLM_QwenForCausalLM"], "hidden_size": 64,
+    "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300,
+    "rope_theta": 1000000.0, "rope_scaling": None, "rms_norm_eps": 1e-6, "hidden_act": "silu", "attention_dropout": 0.0,
+    "tie_word_embeddings": False, "use_sliding_window": False, "sliding_window": None, "max_window_layers": 28,
+    "layer_types": ["full_attention"] * 3, "max_position_embeddings": 128, "bd_size": 8, "conplemenrary_mask": True,
+    "mask_token_id": 290, "pad_token_id": 281, "eos_token_id": 281, "bos_token_id": 281,
+}  # fmt: skip
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "llada": LLADA,
@@ -64,6 +72,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dream-tied": {**DREAM, "tie_word_embeddings": True},
     "sdar": SDAR,
     "sdar-biased": {**SDAR, "attention_bias": True, "block_size": 8},
+    "fast": FAST,
+    "fast-tied": {**FAST, "tie_word_embeddings": True, "bd_size": 4},
     "llada2": LLADA2,
     "llada2-biased": {**LLADA2, "use_bias": True, "use_qkv_bias": True, "num_shared_experts": 2, "topk_group": 4},
     "llada2-plain": {
@@ -72,6 +82,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 ON_TORCH = {"llada-normed", "llada-biased", "llada2", "llada2-biased", "llada2-plain"}
+
+
+SHIFTED = {"Dream", "Fast_dLLM_Qwen"}  # the state at p - 1 predicts the token at p; both have Qwen2's biases
+
+
+def block_of(c: dict[str, Any]) -> int | None:
+    """The width of the blocks of a block-causal family, None for full attention."""
+    return c.get("bd_size", c.get("block_size"))
 
 
 def shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -139,7 +157,7 @@ def _other_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             linear = {"q_proj": (q, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, q)}
             for name, shape in linear.items():
                 out[f"{a}{name}.weight"] = shape
-                if (kind == "Dream" and name != "o_proj") or c.get("attention_bias"):
+                if (kind in SHIFTED and name != "o_proj") or c.get("attention_bias"):
                     out[f"{a}{name}.bias"] = shape[:1]
             if kind == "sdar":
                 out |= {f"{a}q_norm.weight": (dim,), f"{a}k_norm.weight": (dim,)}

@@ -24,7 +24,9 @@ from hasten.models.stack import capabilities_of
 STORED = json.loads((resources.files("hasten.bench") / "families.json").read_text(encoding="utf-8"))
 ROWS = STORED["families"]
 NAMES = [row["name"] for row in ROWS]
-TINY = {"llada": "llada", "Dream": "dream", "sdar": "sdar", "llada2_moe": "llada2"}  # model type -> tests/diffusion.py
+TINY = {  # model type -> tests/diffusion.py
+    "llada": "llada", "Dream": "dream", "sdar": "sdar", "llada2_moe": "llada2", "Fast_dLLM_Qwen": "fast",
+}  # fmt: skip
 
 
 # --- the data ---
@@ -119,7 +121,7 @@ def test_a_released_config_gives_the_capabilities_that_the_registry_states(name)
     """The released sizes of vocabulary and window on a tiny stack; ids that config.json leaves out come from the loader."""
     one = family(name)
     raw = dict(diffusion.VARIANTS[TINY[one.model_type]])
-    for field in ("mask_token_id", "block_size", "pad_token_id", "bos_token_id"):
+    for field in ("mask_token_id", "block_size", "bd_size", "pad_token_id", "bos_token_id"):
         raw.pop(field, None)
     bundled = one.known("weights") == "bundled"
     raw |= {"vocab_size": one.known("vocab_size") or 160000, "eos_token_id": one.known("eos_ids"), "embedding_size": None}
@@ -303,7 +305,7 @@ def test_questions_have_the_answers_that_the_facts_give():
     assert set(names("cache=exact")) == {one.name for one in everything if one.known("attention") not in (None, "full")}
     assert set(names("noise=uniform")) == {one.name for one in everything if one.known("noise") == "uniform"}
     assert names("mask_id=151666") == ["dream", "dream-coder", "diffucoder"]
-    assert set(names("shift=1 loads=hasten")) == {"dream", "dream-coder", "diffucoder"}
+    assert set(names("shift=1 loads=hasten")) == {"dream", "dream-coder", "diffucoder", "fast-dllm-v2"}
     assert names("cache=exact weights=closed") == []
     assert names("LLaDA 2.1")[0] == "llada-2.1"
     assert names("sdar")[0] == "sdar"
@@ -317,7 +319,7 @@ def test_allows_asks_the_parts():
         one.name for one in families() if compatible(one.name, "canvas-cache").state in ("legal", "lacks")
     }
     exact = set(names("allows=freedave cache=exact loads=hasten"))
-    assert exact == {"llada-2.0", "llada-2.1", "sdar", "trado"}
+    assert exact == {"llada-2.0", "llada-2.1", "sdar", "trado", "fast-dllm-v2"}
 
 
 def test_wrong_questions_are_refused_and_typos_have_a_hint():
@@ -339,7 +341,7 @@ def test_every_word_of_the_taxonomy_is_explained():
 
 
 def test_the_reproduction_runs_through(monkeypatch):
-    monkeypatch.setattr(trial, "LAYOUTS", ("dream", "sdar"))
+    monkeypatch.setattr(trial, "LAYOUTS", ("dream", "sdar", "fast-dllm-v2"))
     monkeypatch.setattr(trial, "SEEDS", (1,))
     monkeypatch.setattr(trial, "CANVAS", 12)
     monkeypatch.setattr(trial, "PROMPTS", 2)

@@ -24,7 +24,7 @@ from hasten.models.moe import route
 from hasten.models.native import NativeStack
 
 native_only = pytest.mark.skipif(not library.available(), reason="the native library was not built")
-FAMILIES = ("llada", "dream", "sdar", "llada2")
+FAMILIES = ("llada", "dream", "sdar", "fast", "llada2")
 
 
 def on_both(*names: str):
@@ -40,7 +40,7 @@ def ids(length: int, seed: int = 1) -> torch.Tensor:
 
 def sight(name: str) -> tuple[object, int | None]:
     """(the family's own visibility, its block)."""
-    block = diffusion.VARIANTS[name].get("block_size")
+    block = diffusion.block_of(diffusion.VARIANTS[name])
     return (FULL, None) if block is None else (BlockCausal(block), block)
 
 
@@ -109,6 +109,7 @@ def test_what_the_native_stack_lacks_runs_on_torch_and_says_so(name, tmp_path):
 
 def test_what_a_model_offers_is_declared(tmp_path):
     expected = {"llada": (0, None, None), "dream": (1, None, None), "sdar": (0, 4, None), "llada2": (0, 8, None)}
+    expected["fast"] = (1, 8, None)
     for name in FAMILIES:
         done, *_ = loaded(name, tmp_path / name)
         c = done.model.capabilities
@@ -134,7 +135,18 @@ def test_ragged_rows_of_one_pass_are_those_of_each_alone(name, backbone, tmp_pat
         assert (out.row_logits(i) - alone).abs().max() <= (0 if backbone == "native" else 1e-5)
 
 
-@on_both("sdar")
+@on_both(*FAMILIES)
+def test_queries_may_be_wanted_in_any_order_and_twice(name, backbone, tmp_path):
+    """As many as there are queries, too: that is no request for all of them."""
+    done, config, weights = loaded(name, tmp_path, backbone=backbone)
+    visibility, block = sight(name)
+    tokens, wanted = ids(6), (0, 0, 1, 2, 3, 4)
+    want = diffusion.plain(config, weights, tokens, None if block is None else diffusion.blocks(6, block))
+    out = done.model.run([RowInput(tokens, torch.arange(6), None, visibility, wanted)])
+    assert (out.logits - want[list(wanted)]).abs().max() <= 1e-4
+
+
+@on_both("sdar", "fast")
 def test_blocks_go_by_position_wherever_keys_are_stored(name, backbone, tmp_path):
     """Slots that are no positions take the way through a mask; a cache that is full says so."""
     done, config, weights = loaded(name, tmp_path, backbone=backbone)
@@ -149,7 +161,7 @@ def test_blocks_go_by_position_wherever_keys_are_stored(name, backbone, tmp_path
         done.model.run([RowInput(tokens[:65], torch.arange(65), cache, visibility, "all")])
 
 
-@on_both("sdar", "llada2")
+@on_both("sdar", "fast", "llada2")
 def test_a_block_over_its_cache_is_that_of_the_whole_pass(name, backbone, tmp_path):
     """Prefill whole blocks, then denoise a block several times over them, store it, and go on; two ragged rows at once."""
     done, config, weights = loaded(name, tmp_path, backbone=backbone)
@@ -182,7 +194,7 @@ def test_a_block_over_its_cache_is_that_of_the_whole_pass(name, backbone, tmp_pa
 
 def plain_text(config: dict, weights: diffusion.State, prompt: list[int], length: int, size: int) -> list[int]:
     """One token a pass, the surest of its block first, by plain computation of the whole canvas."""
-    x, block, shift = [*prompt, *[290] * length], config.get("block_size"), config["model_type"] == "Dream"
+    x, block, shift = [*prompt, *[290] * length], diffusion.block_of(config), config["model_type"] in diffusion.SHIFTED
     for low in range(len(prompt) // size * size if block else len(prompt), len(x), size):
         high = min(low + size, len(x))
         while 290 in x[low:high]:
@@ -199,8 +211,8 @@ def plain_text(config: dict, weights: diffusion.State, prompt: list[int], length
 @on_both(*FAMILIES)
 def test_the_engine_fills_canvases_as_a_plain_loop_does(name, backbone, tmp_path):
     done, config, weights = loaded(name, tmp_path, backbone=backbone)
-    block = config.get("block_size")
-    prompts = [(ids(n, seed=n) % 280).tolist() for n in (3, 11, 6)]
+    block = diffusion.block_of(config)
+    prompts = [(ids(n, seed=n) % 280).tolist() for n in (3, 11, 6, 8, 16)]  # of 8 and 16: blocks begin behind the prompt
     method = "threshold:tau=2" if block else "reference:block=6,steps=12"
     for prompt, out in zip(prompts, canvases.run(done.model, prompts, method, max_tokens=12)):
         assert list(out.tokens) == plain_text(config, weights, prompt, 12, block or 6)
@@ -337,11 +349,12 @@ def test_the_mask_comes_from_the_config_then_the_tokenizer_then_the_family(tmp_p
 
 
 def test_released_ids_hold_where_nothing_is_said():
-    released = {"pad_token_id": None, "eos_token_id": None, "bos_token_id": None, "mask_token_id": None, "block_size": None}
+    names = ("pad_token_id", "eos_token_id", "bos_token_id", "mask_token_id", "block_size", "bd_size")
+    released = dict.fromkeys(names)
     big = {"vocab_size": 160000, "embedding_size": None, "max_position_embeddings": 4096}
     want = {
         "llada": (126336, 126348, 0, None), "dream": (151666, 151645, 1, None), "sdar": (151669, 151645, 0, 4),
-        "llada2": (156895, None, 0, 32),
+        "llada2": (156895, None, 0, 32), "fast": (151665, 151645, 1, 32),
     }  # fmt: skip
     for name, facts in want.items():
         c = config_from_hf({**diffusion.VARIANTS[name], **released, **big})
@@ -365,6 +378,7 @@ def test_the_released_sizes_are_those_that_are_published():
     for base, sizes, billions in (
         (diffusion.LLADA, llada, 8.02),
         (diffusion.DREAM, dream, 7.62),
+        (diffusion.FAST, {**dream, "layer_types": ["full_attention"] * 28}, 7.62),  # Qwen2.5 7B, as Dream is
         (diffusion.LLADA2, mini, 16.26),
     ):
         assert config_from_hf({**base, **sizes}).parameters / 1e9 == pytest.approx(billions, abs=0.01)
@@ -384,6 +398,8 @@ WRONG = [
     ("dream", "rope_theta", None, "rope_theta"), ("dream", "rms_norm_eps", None, "rms_norm_eps"),
     ("dream", "use_mrope", True, "use_mrope"), ("dream", "pad_token_id", 290, "mask_id"),
     ("sdar", "block_size", 0, "block"), ("sdar", "block_size", 2.5, "block_size"), ("sdar", "block_size", 129, "block"),
+    ("fast", "bd_size", 0, "block"), ("fast", "bd_size", "x", "bd_size"), ("fast", "mask_token_id", 281, "mask_id"),
+    ("fast", "layer_types", ["full_attention"], "layer_types"),
     ("llada2", "n_group", 3, "experts.groups"), ("llada2", "n_group", 16, "experts.groups"),
     ("llada2", "topk_group", 5, "experts.active_groups"), ("llada2", "num_experts_per_tok", 9, "experts.active"),
     ("llada2", "num_experts_per_tok", 0, "experts.active"), ("llada2", "score_function", "softmax", "score_function"),

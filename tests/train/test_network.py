@@ -22,13 +22,13 @@ from hasten.train.released import config_of, export, model_type, read, released
 TINY = Shape(hidden=32, layers=2, heads=2, ffn=48)
 
 
-LAYOUTS = (*KINDS, "shift")  # the last: fully visible, every state foretells the next place
+LAYOUTS = (*KINDS, "shift", "shifted block")  # the last two: every state foretells the next place
 
 
 def tiny(layout: str, seed: int = 0) -> Network:
     """A network whose weights are large enough to matter."""
-    shift = layout == "shift"
-    net = Network(replace(TINY, kind="full" if shift else layout, shift=shift), seed)
+    kind = {"shift": "full", "shifted block": "block"}.get(layout, layout)
+    net = Network(replace(TINY, kind=kind, shift=kind != layout), seed)
     with torch.no_grad():
         for weight in net.parameters():
             if weight.ndim == 2:
@@ -147,6 +147,9 @@ def test_llada_names_are_those_of_the_release():
 
 def test_a_shifted_network_is_the_other_one_whose_states_moved_on():
     plain, moved = tiny("full"), tiny("shift")
+    assert not any(
+        "_norm" in name.replace("attn_norm", "").replace("ffn_norm", "") for name in tiny("shifted block").state_dict()
+    )
     with torch.no_grad():
         before, after = plain(ids(2, 17)), moved(ids(2, 17))
     assert torch.equal(after[:, 1:], before[:, :-1])
@@ -189,6 +192,14 @@ def test_dream_names_are_those_of_the_release():
     assert set(released(tiny("shift"))) == expected
     config = config_of(tiny("shift").shape)
     assert (config["model_type"], config["mask_token_id"], config["tie_word_embeddings"]) == ("Dream", alphabet.MASK, True)
+
+
+def test_fast_dllm_names_are_those_of_the_release_and_of_dream():
+    assert set(released(tiny("shifted block"))) == set(released(tiny("shift"))), "the weights fit one to one"
+    config = config_of(replace(tiny("shifted block").shape, block=4))
+    assert (config["model_type"], config["bd_size"], config["mask_token_id"]) == ("Fast_dLLM_Qwen", 4, alphabet.MASK)
+    ours = config_from_hf(config)
+    assert (ours.block, ours.logit_shift, ours.qkv_bias, ours.qk_norm) == (4, 1, True, False)
 
 
 def test_another_model_is_not_read(tmp_path):

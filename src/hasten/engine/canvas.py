@@ -62,14 +62,17 @@ class Canvas(Choice):
 
 
 @lru_cache(maxsize=64)
-def _branch_mask(low: int, high: int, length: int, count: int) -> Tensor:
-    """bool [T, length + T]: each of `count` windows [low, high) sees the cached keys outside it, and itself."""
+def _branch_mask(low: int, high: int, length: int, count: int, block: int | None) -> Tensor:
+    """bool [T, length + T]: each of `count` windows [low, high) sees the cached keys outside it, and itself, in blocks."""
     n = high - low
     allowed = torch.zeros(count * n, length + count * n, dtype=torch.bool)
     allowed[:, :low] = True
     allowed[:, high:length] = True
     for i in range(count):
         allowed[i * n : (i + 1) * n, length + i * n : length + (i + 1) * n] = True
+    if block is not None:  # a window may begin in the block before, which sees nothing of this one
+        queries = torch.arange(low, high).repeat(count) // block
+        allowed &= torch.cat((torch.arange(length) // block, queries)) <= queries[:, None]
     return allowed
 
 
@@ -222,7 +225,7 @@ class CanvasLoop:
         tokens = torch.cat([one.tokens[low:high] for one in turn.branches])
         wanted = tuple(i + k * (high - low) for k in range(count) for i in index)
         length = canvas.cache.length
-        seen = Explicit(_branch_mask(low, high, length, count))
+        seen = Explicit(_branch_mask(low, high, length, count, self.backbone.capabilities.block))
         return [RowInput(tokens, span.repeat(count), canvas.cache, seen, wanted, length)]
 
     def _forwards(self, turn: _Turn, done: Pass, at: int) -> tuple[list[Forward], slice]:

@@ -20,6 +20,8 @@ from hasten.models.masked import MASKED
 from hasten.models.tokenizer import Tokenizer
 
 FAMILIES = ("llama", "smollm3", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", *MASKED)
+_QWEN2 = ("qwen2", "Dream", "Fast_dLLM_Qwen")  # queries, keys and values have biases, the output has none
+_LONGEST = {"gemma3_text": 131072, "Fast_dLLM_Qwen": 32768}  # max_position_embeddings where config.json has none
 _DROPPED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
 
 
@@ -67,14 +69,14 @@ def config_from_hf(config: Mapping[str, Any], tokenizer: Tokenizer | None = None
         kv_heads=f.integer("num_key_value_heads", heads),
         head_dim=head_dim,
         ffn=f.integer("intermediate_size"),
-        max_len=f.integer("max_position_embeddings", 131072 if kind == "gemma3_text" else 8192),
+        max_len=f.integer("max_position_embeddings", _LONGEST.get(kind, 8192)),
         layers=layers,
         ropes=ropes,
         norm_eps=f.number("rms_norm_eps", None if kind == "Dream" else 1e-6),
         qk_norm=kind in ("qwen3", "sdar", "gemma3_text"),
         sandwich_norms=gemma,
-        qkv_bias=True if kind in ("qwen2", "Dream") else bias,
-        out_bias=bias if kind not in ("qwen2", "Dream") else False,
+        qkv_bias=True if kind in _QWEN2 else bias,
+        out_bias=bias if kind not in _QWEN2 else False,
         ffn_bias=f.flag("mlp_bias", False),
         activation=f.activation("hidden_act", activation),
         tied=f.flag("tie_word_embeddings", gemma or kind == "smollm3"),
@@ -127,7 +129,7 @@ def _layers(kind: str, f: Fields) -> tuple[tuple[Layer, ...], tuple[Rope, ...]]:
         window = window or 4096
         sliding = [t == "sliding_attention" for t in types] if types else [i % 2 == 0 for i in range(count)]
         return tuple(Layer(window if one else None) for one in sliding), ropes
-    if kind in ("qwen2", "qwen3", "Dream", "sdar", "smollm3"):
+    if kind in (*_QWEN2, "qwen3", "sdar", "smollm3"):
         if not f.flag("use_sliding_window", False):
             window = None
         first = f.integer("max_window_layers", 28)

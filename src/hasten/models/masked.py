@@ -1,7 +1,7 @@
 """Masked-diffusion families: their special tokens, and the two whose configs and weights have names of their own.
 
-Dream has the names and config of Qwen2, SDAR those of Qwen3 (models/families.py). LLaDA has those of OLMo, LLaDA-2 its
-own. `max_len` is what config.json says; for Dream that is 131072, while 2048 is documented.
+Dream and Fast-dLLM v2 have the names and config of Qwen2, SDAR those of Qwen3 (models/families.py). LLaDA has OLMo's, and
+LLaDA-2 its own. `max_len` is what config.json says; for Dream that is 131072, while 2048 is documented.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from hasten.models.tokenizer import Tokenizer
 class Released:
     """What holds for the released models of a family where config.json and the tokenizer say nothing.
 
-    `mask` and `eot` are ids, `turn_end` is the text of the token that ends a turn, `block` the default block size.
+    `mask` and `eot` are ids, `turn_end` is the text of the token that ends a turn, `block` the default block size and
+    `block_field` what config.json calls it. Blocks are counted from position 0 in every family, through the prompt too.
     """
 
     mask: int
@@ -32,6 +33,7 @@ class Released:
     eot: int | None = None
     shift: int = 0
     block: int | None = None
+    block_field: str = "block_size"
 
 
 MASKED = {
@@ -39,6 +41,7 @@ MASKED = {
     "Dream": Released(151666, "<|im_end|>", 151645, shift=1),
     "sdar": Released(151669, "<|im_end|>", 151645, block=4),
     "llada2_moe": Released(156895, "<|role_end|>", block=32),
+    "Fast_dLLM_Qwen": Released(151665, "<|im_end|>", 151645, shift=1, block=32, block_field="bd_size"),
 }
 
 
@@ -57,7 +60,7 @@ def facts(kind: str, f: Fields, vocab: int, tokenizer: Tokenizer | None) -> dict
         eot = tokenizer.special_id(released.turn_end)
     else:
         eot = released.eot
-    block = None if released.block is None else f.integer("block_size", released.block)
+    block = None if released.block is None else f.integer(released.block_field, released.block)
     return {
         "kind": "masked",
         "mask_id": mask,

@@ -466,7 +466,7 @@ class Transformer(nn.Module, DecoderStack):
                 local = plan.row.wanted()
             wanted += [plan.span.start + j for j in local]
         final = self.norm(h) if needs.final_hidden else None
-        rows = h if len(wanted) == len(h) else h[wanted]
+        rows = h if wanted == list(range(len(h))) else h[wanted]
         logits = self.logits(self.norm(rows)) if wanted else torch.empty(0, self.config.vocab_size)
         spans = tuple((plan.span.start, plan.span.stop) for plan in plans)
         return Pass(logits, tuple(starts), spans, taps, final, embeds, backbone=self.name)

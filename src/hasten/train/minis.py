@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hasten.errors import ConfigError, out_of_range, unknown_name
+from hasten.errors import ConfigError, IncompatibleError, out_of_range, unknown_name
 from hasten.models.catalog import MINI
 from hasten.models.fetch import cache_dir
 from hasten.models.tokenizer import read_json
@@ -17,7 +17,7 @@ from hasten.train import assess
 from hasten.train.mixture import GROUP, USUAL, Mixture
 from hasten.train.network import Network, Shape
 from hasten.train.pretrain import Config, Run
-from hasten.train.released import export, read
+from hasten.train.released import export, model_type, read
 
 Progress = Callable[[str, int, int], None]
 
@@ -49,7 +49,14 @@ MINIS = {
         canvases=(0.4, 0.41, 0.12, 0.05, 0.02),
     ),
     "mini-ar": Mini("left to right (Llama's layout)", Shape(kind="causal"), 2400, 5e-3),
-    "mini-bdlm": Mini("masked diffusion in blocks of 8 (SDAR's layout)", Shape(kind="block"), 450, 3e-3, "mini-dlm"),
+    "mini-bdlm": Mini(
+        "masked diffusion in blocks of 8 (Fast-dLLM v2's layout)",
+        Shape(kind="block", shift=True),
+        800,
+        2e-3,
+        "mini-ar",
+        canvases=(0.4, 0.41, 0.12, 0.05, 0.02),
+    ),
 }
 
 
@@ -75,7 +82,8 @@ def pretrain(
 
     It runs for `steps` steps of about `tokens` tokens or for about `minutes`, whose speed is measured first. What a cut run
     goes on from lies in `work`. `start`: a directory to take first weights from where the recipe does. `counts`: how many
-    samples per canvas are measured. Raises UnknownNameError, ConfigError.
+    samples per canvas are measured. Raises UnknownNameError, ConfigError, FormatError, and IncompatibleError for a `start`
+    of another layout.
     """
     if name not in MINIS:
         raise unknown_name("recipe", name, MINIS)
@@ -150,7 +158,10 @@ def _order(network: Network) -> str:
 
 
 def _first(recipe: Mini, start: Path | None) -> Network | None:
-    """The network a recipe begins with: of `start`, else of the model shipped under the recipe's `start`, else none."""
+    """The network a recipe begins with: of `start`, else of the model shipped under the recipe's `start`, else none.
+
+    Raises IncompatibleError for one whose states are of other places than those of the recipe's network.
+    """
     if not recipe.start:
         if start is not None:
             raise ConfigError("this recipe begins with fresh weights", hint="leave out --start", field="start")
@@ -158,7 +169,16 @@ def _first(recipe: Mini, start: Path | None) -> Network | None:
     shipped = MINI / recipe.start
     if start is None and not shipped.is_dir():
         return None
-    return read(start or shipped)
+    network = read(start or shipped)
+    if network.shape.foretells != recipe.shape.foretells:
+        given, wanted = ("the next" if one.foretells else "their own" for one in (network.shape, recipe.shape))
+        raise IncompatibleError(
+            f"{start or shipped} has the layout of {model_type(network.shape)}, whose states are of {given} token; this "
+            f"recipe makes one of {model_type(recipe.shape)}, whose states are of {wanted}",
+            hint=f"give the directory of a {recipe.start} of its present recipe as --start",
+            field="start",
+        )
+    return network
 
 
 def _planned(recipe: Mini, minutes: float, mixture: Mixture, path: Path) -> int:

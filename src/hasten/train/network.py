@@ -24,7 +24,8 @@ KINDS: tuple[Kind, ...] = ("full", "causal", "block")
 class Shape:
     """Sizes of a network, in elements; `kind` says what a query sees, `block` the width of a block of the block-causal.
 
-    `shift`: a place's token is read from the state of the place before it, as left-to-right networks do (Dream's layout).
+    `shift`: a place's token is read from the state of the place before it, as left-to-right networks do (the layouts of
+    Dream and, in blocks, of Fast-dLLM v2).
     """
 
     kind: Kind = "full"
@@ -45,17 +46,20 @@ class Shape:
         for name in ("hidden", "layers", "heads", "ffn", "vocab", "max_len", "block"):
             if getattr(self, name) < 1:
                 raise out_of_range(name, getattr(self, name), "at least 1")
-        if self.shift and self.kind != "full":
-            raise out_of_range(
-                "shift", self.shift, f"false for kind {self.kind!r}: only a fully visible network has the choice"
-            )
+        if self.shift and self.kind == "causal":
+            raise out_of_range("shift", self.shift, "false for kind 'causal', whose states foretell the next place anyway")
         if self.hidden % (2 * self.heads):
             raise out_of_range("heads", self.heads, f"a divisor of half of hidden = {self.hidden}")
 
     @property
     def qk_norm(self) -> bool:
-        """Whether every head's queries and keys are normalised: SDAR's layout has it."""
-        return self.kind == "block"
+        """Whether every head's queries and keys are normalised: of the layouts only SDAR's has it."""
+        return self.kind == "block" and not self.shift
+
+    @property
+    def foretells(self) -> bool:
+        """Whether a state is of the token behind its place, rather than of the token at it."""
+        return self.shift or self.kind == "causal"
 
 
 class Norm(nn.Module):

@@ -157,8 +157,9 @@ def mask_blocks(batch: Batch, block: int, generator: torch.Generator) -> Tensor:
 def block_loss(network: Network, batch: Batch, masked: Tensor) -> Tensor:
     """The loss of a block-causal network, all blocks at once: the noisy row beside the clean one, as BD3-LM trains.
 
-    A noisy block sees itself and the clean blocks before it; the clean half is block-causal. The mean over blocks of the
-    count form inside each; a block of nothing but end tokens counts less.
+    A noisy block sees itself and the clean blocks before it; the clean half is block-causal. With `shift` the first token
+    of a block is read from the clean half: when a block is written, the one before it is finished. The mean over blocks of
+    the count form inside each; a block of nothing but end tokens counts less.
     """
     rows, length = batch.ids.shape
     block = network.shape.block
@@ -169,7 +170,11 @@ def block_loss(network: Network, batch: Batch, masked: Tensor) -> Tensor:
     both = torch.cat((batch.ids.masked_fill(masked, alphabet.MASK), batch.ids), 1)
     known = torch.cat((batch.known, batch.known), 1)
     places = torch.arange(length).repeat(2)
-    states = network(both, known, torch.cat((noisy, clean)), places)[:, :length]
+    halves = network(both, known, torch.cat((noisy, clean)), places)
+    states = halves[:, :length]
+    if network.shape.shift:
+        opens = (places[:length] % block == 0) & (places[:length] > 0)
+        states = torch.where(opens[:, None], halves[:, length:], states)
     each = F.cross_entropy(network.logits(states[masked]), batch.ids[masked], reduction="none")
     at = masked.nonzero()
     blocks = int(of[-1]) + 1

@@ -1,4 +1,4 @@
-"""The small models in the form of released ones: LLaDA's, Dream's, Llama's or SDAR's names and config, tokenizer, card."""
+"""The small models as released ones: the names and config of LLaDA, Dream, Llama, SDAR or Fast-dLLM v2, tokenizer, card."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ MODEL_TYPES: dict[tuple[Kind, bool], str] = {  # by what a query sees and whethe
     ("full", True): "Dream",
     ("causal", False): "llama",
     ("block", False): "sdar",
+    ("block", True): "Fast_dLLM_Qwen",
 }
 _PARTS = {  # ours: LLaDA's, everyone else's
     "attn_norm": ("attn_norm", "input_layernorm"),
@@ -48,10 +49,10 @@ def released_name(name: str, model_type: str) -> str:
 
 
 def released(network: Network) -> dict[str, Tensor]:
-    """The weights under their released names; Dream's have biases of queries, keys and values, which are zero here."""
+    """The weights under their released names; layouts of Qwen2 have biases of queries, keys and values: zero here."""
     kind, shape = model_type(network.shape), network.shape
     out = {released_name(name, kind): weight for name, weight in network.state_dict().items()}
-    if kind == "Dream":
+    if shape.shift:
         biased = (f"model.layers.{i}.self_attn.{part}_proj.bias" for i in range(shape.layers) for part in "qkv")
         out |= {name: torch.zeros(shape.hidden) for name in biased}
     return out
@@ -83,15 +84,14 @@ def config_of(shape: Shape) -> dict[str, Any]:
         "num_key_value_heads": shape.heads, "head_dim": shape.hidden // shape.heads, "intermediate_size": shape.ffn,
         "max_position_embeddings": shape.max_len, "tie_word_embeddings": True, "hidden_act": "silu",
     }  # fmt: skip
-    if shape.shift:
-        return {**heads, "architectures": ["DreamModel"], "mask_token_id": alphabet.MASK, "use_sliding_window": False}
-    heads["attention_bias"] = False
     if shape.kind == "causal":
-        return {**heads, "architectures": ["LlamaForCausalLM"], "mlp_bias": False}
-    return {
-        **heads, "architectures": ["SDARForCausalLM"], "block_size": shape.block, "mask_token_id": alphabet.MASK,
-        "use_sliding_window": False,
-    }  # fmt: skip
+        return {**heads, "architectures": ["LlamaForCausalLM"], "attention_bias": False, "mlp_bias": False}
+    heads |= {"mask_token_id": alphabet.MASK, "use_sliding_window": False}
+    if shape.kind == "full":
+        return {**heads, "architectures": ["DreamModel"]}
+    if shape.shift:
+        return {**heads, "architectures": ["Fast_dLLM_QwenForCausalLM"], "bd_size": shape.block}
+    return {**heads, "architectures": ["SDARForCausalLM"], "attention_bias": False, "block_size": shape.block}
 
 
 def export(network: Network, folder: Path, facts: dict[str, Any]) -> None:
@@ -114,7 +114,7 @@ def read(folder: Path) -> Network:
         sizes = {ours: config[theirs] for ours, theirs in names.items()}
         shape = Shape(
             kind=kind, vocab=config["vocab_size"], theta=config["rope_theta"], eps=config["rms_norm_eps"],
-            block=config.get("block_size", 8), shift=shift, **sizes,
+            block=config.get("bd_size" if shift else "block_size", 8), shift=shift, **sizes,
         )  # fmt: skip
         network, stored = Network(shape), load_file(folder / "model.safetensors")
         network.load_state_dict(

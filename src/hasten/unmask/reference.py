@@ -203,7 +203,8 @@ class NoCache(_Part):
 class BlockCache(_Part):
     """Keys of finished blocks stay: exact for block-causal models, whose blocks never see later ones.
 
-    A finished block's final keys are computed together with the first step of the next one.
+    A finished block's final keys are computed together with the first step of the next one. With a logit shift the last
+    place of the block before, which foretells the first of this one, is read in every step; its keys stay what they were.
     """
 
     stores = True
@@ -217,8 +218,9 @@ class BlockCache(_Part):
         return row.fresh < 0
 
     def span(self, row: CanvasRow, refresh: bool, shift: int) -> tuple[int, int]:
-        """The block, and before it what is not stored."""
-        return (row.stored if refresh else row.window[0]), row.window[1]
+        """The block with the place that foretells its first token, and before it what is not stored."""
+        low = max(0, row.window[0] - shift)
+        return (min(row.stored, low) if refresh else low), row.window[1]
 
     def length(self, row: CanvasRow, refresh: bool, high: int) -> int:
         """Everything before the block."""
