@@ -46,9 +46,8 @@ class Context:
         """Forget everything; raises UnsupportedError for a cut inside the text, since layers with a window drop keys."""
         if 0 < length < self.length:
             raise UnsupportedError("DiffusionGemma's keys cannot be cut, only forgotten")
-        self.read = None
         if length < self.length:
-            self.length, self.keys = 0, None
+            self.length, self.keys, self.read = 0, None, None
 
     def gather(self, base: int, slots: Sequence[int]) -> None:
         """Raises UnsupportedError: nothing is drafted."""
