@@ -104,12 +104,8 @@ class DiffusionGemma:
 
     def __init__(self, config: Config, context: MethodContext) -> None:
         self.config = config.over(getattr(context.backbone, "sampler", {}))
-        self._vocab, block = context.capabilities.vocab_size, context.capabilities.block
-        if block is None:
-            raise IncompatibleError(
-                f"method {self.name!r} fills canvases of the model's own size; {context.model!r} names none", field="method"
-            )
-        self.whole = block
+        self._vocab = context.capabilities.vocab_size
+        self.whole = context.capabilities.block or context.capabilities.max_len
 
     @property
     def policy(self) -> Policy:
