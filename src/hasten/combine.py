@@ -33,7 +33,7 @@ def combine(names: tuple[str, ...], context: MethodContext, cost: Callable[[], P
         return combine(_tuned(names, given, context), context, cost)
     masked = context.capabilities.kind == "masked"
     if masked:
-        names = registry.expand(names)
+        names = registry.expand(names, registry.UNIFORM if context.capabilities.mask_id is None else registry.PRESETS)
     slugs = [registry.parse(name)[0] for name in names]
     if not slugs:
         raise ConfigError("method is empty; method must be 'auto', 'plain' or method names", field="method")
@@ -107,22 +107,28 @@ def _auto(context: MethodContext) -> tuple[str, ...]:
 
 
 def _canvas(names: Sequence[str], context: MethodContext) -> Policy:
-    """The policy that these methods make together; what they leave open is the reference sampler's."""
+    """The policy that these methods make together; what they leave open is the reference sampler's.
+
+    A sampler of canvases without masks ("self_conditioning") decides everything itself.
+    """
     caps = context.capabilities
     sight = "full" if caps.block is None else "block_causal"
-    if caps.mask_id is None or not caps.has(sight):
-        lacks = "mask token" if caps.mask_id is None else f"{sight.replace('_', '-')} attention"
-        raise IncompatibleError(
-            f"a canvas is filled mask by mask; model {context.model!r} has no {lacks}",
-            hint="load LLaDA, Dream, SDAR or LLaDA-2",
-            field="method",
-        )
     joined = Policy()
     for name in names:
+        alone = "self_conditioning" in registry.card(slug := registry.parse(name)[0]).needs
+        if not alone and (caps.mask_id is None or not caps.has(sight)):
+            lacks = "mask token" if caps.mask_id is None else f"{sight.replace('_', '-')} attention"
+            raise IncompatibleError(
+                f"method {slug!r} fills a canvas mask by mask; model {context.model!r} has no {lacks}",
+                hint="leave it out, or load LLaDA, Dream, SDAR or LLaDA-2",
+                field="method",
+            )
         part = registry.build(name, context)
         if not isinstance(getattr(part, "policy", None), Policy):
-            raise IncompatibleError(f"method {registry.parse(name)[0]!r} has no part in filling a canvas", field="method")
+            raise IncompatibleError(f"method {slug!r} has no part in filling a canvas", field="method")
         joined = joined.join(part.policy)
+    if caps.mask_id is None:
+        return joined.check(caps)
     base = registry.build("reference", context)
     return joined.over(base.policy).over(base.rest).check(context.capabilities)
 

@@ -50,7 +50,11 @@ class CanvasPart(Protocol):
 
 
 class BlockPlanner(CanvasPart, Protocol):
-    """Decides where the next block ends."""
+    """Decides where the next block ends.
+
+    A planner may have `whole`, the size of blocks that begin behind the prompt and are computed to their end, whatever
+    length of text is asked for.
+    """
 
     def plan(self, view: View | None, row: CanvasRow) -> int:
         """End (exclusive) of the block that starts at row.window[0]; the view is there with range block_start_full."""
@@ -268,18 +272,20 @@ class Policy:
             raise out_of_range("template", max(slots), f"token ids below the vocabulary of {capabilities.vocab_size}")
         if request.template is not None:  # its slots are text
             sampling = replace(sampling, logit_bias={**sampling.logit_bias, **dict.fromkeys(capabilities.eos_ids, -100.0)})
-        wanted = torch.tensor([*prompt, *slots])
+        whole = self._whole
+        wanted = torch.tensor([*prompt, *slots, *[-1] * (-len(slots) % whole if whole else 0)])
         fixed = wanted >= 0
         provenance = torch.where(fixed, FIXED, SLOT).to(torch.uint8)
         provenance[: len(prompt)] = PROMPT
-        start = len(prompt) if capabilities.block is None else len(prompt) // capabilities.block * capabilities.block
+        aligned = None if whole else capabilities.block
+        start = len(prompt) if aligned is None else len(prompt) // aligned * aligned
         row = CanvasRow(
             id=0,
             tokens=wanted.where(fixed, torch.tensor(mask_id or 0)),
             provenance=provenance,
             accepted=fixed,
             prompt_len=len(prompt),
-            end=len(wanted),
+            end=len(prompt) + len(slots),
             window=(start, start),
             sampling=sampling,
             blank=mask_id or 0,
@@ -288,6 +294,10 @@ class Policy:
             if (admit := getattr(part, "admit", None)) is not None:
                 admit(row)
         return replace(row, planned=self._has(self.schedule, "schedule").planned(row))
+
+    @property
+    def _whole(self) -> int:
+        return getattr(self.planner, "whole", 0)
 
     @staticmethod
     def _has(part: _Part | None, name: str) -> _Part:
@@ -305,7 +315,8 @@ class Policy:
             view = _view(row, seen)
             view.x0, view.prob = self._has(self.scorer, "scorer").draw(view, row)
             view.score = view.prob
-        end = min(max(self._has(self.planner, "planner").plan(view, row), start + 1), row.end)
+        last = len(row.tokens) if self._whole else row.end
+        end = min(max(self._has(self.planner, "planner").plan(view, row), start + 1), last)
         row = replace(row, window=(start, end))
         return replace(row, quotas=self._has(self.schedule, "schedule").quotas(row))
 

@@ -38,7 +38,11 @@ PRESETS: Mapping[str, tuple[str, ...]] = {
     "exact": ("reference", "freedave:d=0"),
     "fast": ("factor:f=0.5", "canvas-cache"),
     "few-step": ("eoser-ass",),
-}  # what the names stand for on a model that fills canvases
+}  # what the names stand for on a model that fills canvases mask by mask
+UNIFORM: Mapping[str, tuple[str, ...]] = {
+    **PRESETS,
+    **dict.fromkeys(("auto", "plain", "exact"), ("diffusion-gemma",)),
+}  # and on one without a mask token, whose canvas holds random ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,14 +207,14 @@ def _hit(entry: Mapping[str, Any], word: str, weights: Mapping[str, int]) -> int
     )
 
 
-def expand(names: tuple[str, ...]) -> tuple[str, ...]:
+def expand(names: tuple[str, ...], presets: Mapping[str, tuple[str, ...]] = PRESETS) -> tuple[str, ...]:
     """`names` with each preset of canvas methods replaced by its parts; raises ConfigError for a preset with settings."""
     out: list[str] = []
     for name in names:
         slug, settings = parse(name)
-        if slug in PRESETS and settings:
-            raise ConfigError(f"{slug!r} is a preset of {', '.join(PRESETS[slug])}; give settings to those", field="method")
-        out += PRESETS.get(slug, (name,))
+        if slug in presets and settings:
+            raise ConfigError(f"{slug!r} is a preset of {', '.join(presets[slug])}; give settings to those", field="method")
+        out += presets.get(slug, (name,))
     return tuple(out)
 
 

@@ -113,7 +113,8 @@ def test_which_families_load_is_what_the_loaders_tables_say():
 def declared(capabilities):
     """What legality rests on."""
     c = capabilities
-    return c.kind, c.logit_shift, c.block, c.mask_id, c.cache_exact, c.has("full"), c.has("block_causal"), c.has("causal")
+    sights = tuple(c.has(name) for name in ("full", "block_causal", "causal", "self_conditioning"))
+    return c.kind, c.logit_shift, c.block, c.mask_id, c.cache_exact, *sights
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if family(name).loads == "hasten"])
@@ -209,6 +210,10 @@ ILLEGAL = [
     ("udlm", ("threshold",), "no mask token"),
     ("lavida", ("reference",), "no full attention"),
     ("diffusion-gemma", ("reference",), "no mask token"),
+    ("diffusion-gemma", ("diffusion-gemma", "threshold"), "no mask token"),
+    ("diffusion-gemma", ("fast",), "no mask token"),
+    ("llada", ("diffusion-gemma",), "needs 'self_conditioning'"),
+    ("udlm", ("auto",), "needs 'self_conditioning'"),
     ("llada", ("dllm-survey",), "no part in filling a canvas"),
     ("llada", ("adablock", "eoser-ass"), "one planner"),
 ]
@@ -231,6 +236,8 @@ def test_illegal_combinations_are_refused_with_a_reason(name, methods, why):
         ("mini-dlm", ("learn2pd",)),
         ("llada", ("fast",)),
         ("mmada", ("factor",)),
+        ("diffusion-gemma", ("diffusion-gemma:steps=12",)),
+        ("diffusion-gemma", ("auto",)),
     ],
 )
 def test_legal_combinations_are_legal(name, methods):

@@ -106,3 +106,19 @@ def test_drafters_and_canvas_methods_stay_with_their_kind(mini, hasten, tiny):
     result = hasten("run", tiny, "x", "--method", "threshold")
     assert result.code != 0
     assert "masked" in result.err
+
+
+def test_a_model_without_masks_runs_its_own_sampler(hasten, tmp_path):
+    from gemma import write
+
+    folder = str(write(tmp_path))
+    how = ("--max-tokens", "12", "--seed", "4", "--method", "diffusion-gemma:steps=4")
+    expected = package.load(folder).chat([{"role": "user", "content": "a b"}], max_tokens=12, seed=4, method=how[-1])
+    result = hasten("run", folder, "a b", *how)
+    assert (result.code, result.out) == (0, expected.text + "\n")
+    watched = hasten("run", folder, "a b", *how, "--watch")
+    assert watched.code == 0
+    assert watched.out.rstrip().endswith(expected.text.rstrip())
+    refused = hasten("run", folder, "a b", "--method", "threshold")
+    assert refused.code == 2
+    assert "no mask token" in refused.err

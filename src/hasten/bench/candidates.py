@@ -83,7 +83,7 @@ def space(llm: LLM, *, lossy: bool, seed: int = 0, most: int = 24) -> Space:
     rng = random.Random(f"{seed} candidates")  # noqa: S311 - an order of trials, not a secret
     masked = llm.model.capabilities.kind == "masked"
     usable, left_out = _usable(llm, lossy)
-    baseline = Candidate(("reference",) if masked else ("plain",), True)
+    baseline = Candidate(("reference",) if llm.model.capabilities.mask_id is not None else ("plain",), True)
     found: dict[frozenset[str], Candidate] = {frozenset(baseline.methods) - {"reference"}: baseline}
 
     def offer(names: Sequence[str]) -> None:

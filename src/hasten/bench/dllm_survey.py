@@ -45,7 +45,7 @@ COLUMNS = ("family", "year", "noise", "attention", "block", "shift", "mask_id", 
 _SOURCE = re.compile(r"\d{4}\.\d{5}|[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*|web:\S+|transformers:\w+|hasten:\S+")
 _WEIGHTS = {"name": 30, "title": 10, "aliases": 10, **dict.fromkeys(("paper", "year", "model_type", "released"), 10)}
 _SEARCHED = {**_WEIGHTS, **dict.fromkeys(FACTS, 5), "cache": 5, "loads": 5, "note": 3, "meaning": 1, "sources": 1}
-_SIGHT: Mapping[str, frozenset[str]] = {"prefix-lm": frozenset({"prefix_lm"}), "encoder-canvas": frozenset()}
+_SIGHT: Mapping[str, frozenset[str]] = {"prefix-lm": frozenset({"prefix_lm"}), "encoder-canvas": frozenset({"full"})}
 
 
 class Fact(NamedTuple):
@@ -163,6 +163,7 @@ class Family:
             cache_exact=frozenset({"block_causal"} if attention == "block-causal" else ()),
             hidden_states=True,
             embeds=True,
+            self_conditioning=attention == "encoder-canvas",
             logit_shift=self.known("shift") or 0,
             mask_id=(self.known("mask_id") or 0) if noise == "absorbing" else None,
             eos_ids=tuple(self.known("eos_ids") or (1,)),

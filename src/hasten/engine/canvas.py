@@ -99,7 +99,7 @@ class CanvasLoop:
     def __init__(self, backbone: Backbone, trace: Trace) -> None:
         self.backbone, self.trace = backbone, trace
         self.provisional = False
-        block = backbone.capabilities.block
+        block = None if backbone.capabilities.self_conditioning else backbone.capabilities.block
         self._visibility: Visibility = FULL if block is None else BlockCausal(block)
 
     @torch.inference_mode()
@@ -221,7 +221,9 @@ class CanvasLoop:
         if not canvas.policy.cache.stores:
             return [RowInput(one.tokens[low:high], span, None, self._visibility, tuple(index)) for one in turn.branches]
         if count == 1:
-            return [RowInput(turn.branches[0].tokens[low:high], span, canvas.cache, self._visibility, tuple(index), low)]
+            one, cache = turn.branches[0], canvas.cache
+            tokens = one.tokens[low:high]
+            return [RowInput(tokens, span, cache, self._visibility, tuple(index), low, before=one.before)]
         tokens = torch.cat([one.tokens[low:high] for one in turn.branches])
         wanted = tuple(i + k * (high - low) for k in range(count) for i in index)
         length = canvas.cache.length

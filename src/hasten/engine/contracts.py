@@ -38,7 +38,8 @@ class Capabilities:
     `visibilities` names the attention rules it can honour; `cache_exact` those under which its KV cache is exact.
     `logit_shift` is 1 when the hidden state at p-1 predicts token p of a canvas (Dream), else 0. `mask_id` is None for
     models without a mask token; `block` is the block size of block-causal ones, `eot_id` ends a chat turn. `truncate` is
-    False for caches that can only snapshot and restore (recurrent layers).
+    False for caches that can only snapshot and restore (recurrent layers). `self_conditioning`: a pass over a canvas of
+    `block` positions is told the logits of the one before, for models whose open positions hold random ids.
     """
 
     kind: ModelKind
@@ -53,6 +54,7 @@ class Capabilities:
     hidden_states: bool = False
     embeds: bool = False
     hooks: bool = False
+    self_conditioning: bool = False
     logit_shift: int = 0
     mask_id: int | None = None
     bos_id: int | None = None
@@ -64,7 +66,7 @@ class Capabilities:
         """Whether the named need is met: a model kind, a flag, a visibility, or `mask_id`."""
         if need in ("causal", "masked", "encoder-decoder"):
             return self.kind == need
-        if need in ("hidden_states", "embeds", "hooks", "truncate"):
+        if need in ("hidden_states", "embeds", "hooks", "self_conditioning", "truncate"):
             return bool(getattr(self, need))
         if need == "mask_id":
             return self.mask_id is not None
@@ -160,6 +162,7 @@ class RowInput:
     left alone: the engine commits with `cache.advance / gather`, so an uncommitted pass leaves no trace. `logits` names
     the queries whose logits are wanted: "none", "last", "all" or indices. `cache` None = no past and nothing stored.
     `pseudo` adds placeholders behind the queries `anchors`; their keys take the slots after, for this pass only.
+    `before` [block, vocab]: what the pass before thought of the canvas at the end of `tokens`, None in the first one.
     """
 
     tokens: Tensor
@@ -172,6 +175,7 @@ class RowInput:
     hooks: LayerHooks | None = None
     pseudo: Pseudo | None = None
     anchors: tuple[int, ...] = ()
+    before: Tensor | None = None
 
     @property
     def queries(self) -> int:

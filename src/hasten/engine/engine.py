@@ -229,7 +229,7 @@ class Engine:
         if policy is None or parts.drafter is not None or parts.rules:
             raise IncompatibleError("a masked model needs canvas methods and nothing else", field="method")
         first = policy.open(request, caps)
-        size, open_ = first.end - first.prompt_len, int(first.masked.sum())
+        size, open_ = len(first.tokens) - first.prompt_len, int(first.masked.sum())
         steps = min(first.planned, open_) if policy.final else first.planned  # each of them commits a token at least
         if sampling.n * size * steps > LIMITS.canvas_steps:
             raise ConfigError(

@@ -25,6 +25,7 @@ class CanvasRow:
     of open positions. `stored` positions have valid keys,
     computed `fresh` forwards ago (-1: not in this block). Noise is keyed by (seed,
     global_step, position). `history` maps a part's name to its own value. Tensors are replaced, never written to.
+    `before` [window, vocab]: logits of the last step, as models with self-conditioning are to be told them.
     """
 
     id: int
@@ -44,6 +45,7 @@ class CanvasRow:
     fresh: int = -1
     stored: int = 0
     history: Mapping[str, Any] = field(default_factory=dict)
+    before: Tensor | None = None
 
     @property
     def masked(self) -> Tensor:

@@ -7,45 +7,13 @@ import json
 
 import pytest
 import torch
+from gemma import CANVAS, build, transformers
 
-from hasten.engine.contracts import NO_NEEDS
-from hasten.engine.engine import Engine
+from hasten.engine.contracts import NO_NEEDS, Needs, RowInput
+from hasten.engine.masks import CAUSAL, FULL
 from hasten.errors import ConfigError, HastenError, UnsupportedError
 from hasten.models.diffusion_gemma import Context, DiffusionGemma
 from hasten.models.load import load
-
-transformers = pytest.importorskip("transformers")
-if not hasattr(transformers, "DiffusionGemmaForBlockDiffusion"):
-    pytest.skip("this transformers has no DiffusionGemma", allow_module_level=True)
-
-VOCAB, CANVAS = 60, 8
-
-
-def build():
-    """A tiny model with every kind of layer the released one has: sliding, full, experts."""
-    text = dict(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, global_head_dim=16, num_global_key_value_heads=1, sliding_window=6,
-        layer_types=["sliding_attention", "sliding_attention", "full_attention"], max_position_embeddings=128,
-        num_experts=4, top_k_experts=2, moe_intermediate_size=24, pad_token_id=0, eos_token_id=1, bos_token_id=2,
-    )  # fmt: skip
-    vision = dict(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=8,
-    )  # fmt: skip
-    config = transformers.DiffusionGemmaConfig(
-        text_config=text, vision_config=vision, canvas_length=CANVAS, image_token_id=59, boi_token_id=58, eoi_token_id=57
-    )
-    torch.manual_seed(0)
-    model = transformers.DiffusionGemmaForBlockDiffusion(config).float().eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            if p.ndim == 1:
-                p.copy_(1 + 0.1 * noise)
-            else:
-                p.copy_(noise * (1.0 if "embed_tokens" in name else p.shape[-1] ** -0.5))
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -131,20 +99,59 @@ def test_reading_in_parts_is_reading_at_once(folder):
     assert first.dtype == torch.float32
 
 
-def test_what_it_offers_is_declared_and_the_engine_refuses_it(folder):
+def test_what_it_offers_is_declared_and_other_passes_are_refused(folder):
     done = load(folder)
     c = done.model.capabilities
     assert (c.kind, c.mask_id, c.block, c.eos_ids, c.bos_id) == ("masked", None, CANVAS, (1,), 2)
     assert not c.has("mask_id")
+    assert c.has("self_conditioning")
     assert done.config.family == "diffusion_gemma"
-    with pytest.raises(UnsupportedError, match="encode and denoise"):
-        Engine(done.model, cache_bytes=1_000_000)
-    assert not done.model.serves([], NO_NEEDS)
-    for refused in (lambda: done.model.pool(1_000_000), lambda: done.model.pack().run([])):
-        with pytest.raises(UnsupportedError, match="encode and denoise"):
-            refused()
+    cache = done.model.pool(1_000_000).open(40)
+    ids, at = torch.arange(3, 3 + CANVAS), torch.arange(CANVAS)
+    whole = RowInput(ids, at, cache, FULL, "all")
+    assert done.model.serves([whole], NO_NEEDS)
+    for row in (
+        dataclasses.replace(whole, cache=None),
+        dataclasses.replace(whole, visibility=CAUSAL),
+        dataclasses.replace(whole, tokens=ids[:4], positions=at[:4]),
+        RowInput(torch.arange(3, 12), torch.arange(9), cache, FULL, "all"),
+    ):
+        with pytest.raises(UnsupportedError, match="whole canvases"):
+            done.model.run([row])
+    with pytest.raises(UnsupportedError, match="whole canvases"):
+        done.model.run([whole], Needs(final_hidden=True))
     with pytest.raises(UnsupportedError, match="native"):
         load(folder, backbone="native")
+
+
+def test_a_pass_is_the_two_halves_and_leaves_no_trace_until_it_is_committed(folder):
+    model = load(folder).model
+    pool = model.pool(1_000_000)
+    cache, context = pool.open(40), Context()
+    ids = torch.randint(3, 50, (13 + CANVAS,), generator=torch.Generator().manual_seed(5))
+    model.encode(context, ids[:5])
+    want = model.denoise(context, ids[5 : 5 + CANVAS])
+    for _ in range(2):  # the first one is not committed
+        end = 5 + CANVAS
+        row = RowInput(ids[:end], torch.arange(end), cache, FULL, tuple(range(5, end)), 0)
+        assert torch.equal(model.run([row]).logits, want)
+        cache.truncate(0)
+        assert cache.nbytes() == cache.slab.nbytes
+    model.run([row])
+    cache.advance(5)
+    held = cache.nbytes() - cache.slab.nbytes
+    assert 0 < held <= pool.layout.nbytes(5)
+    model.encode(context, ids[5:13])
+    want = model.denoise(context, ids[13:], want)
+    row = RowInput(ids[5:], torch.arange(5, 13 + CANVAS), cache, FULL, tuple(range(8, 8 + CANVAS)), 5)
+    row.before = model.denoise(Context(5, cache.others[0].keys), ids[5 : 5 + CANVAS])
+    assert torch.equal(model.run([row]).logits, want)
+    other = pool.open(40)
+    other.copy_from(cache)
+    cache.advance(8)
+    assert (cache.others[0].length, other.others[0].length) == (13, 5)
+    with pytest.raises(UnsupportedError, match="cut"):
+        cache.truncate(7)
 
 
 def test_wrong_inputs_are_refused_by_name(folder):
