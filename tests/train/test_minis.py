@@ -62,7 +62,7 @@ def test_the_recipe_of_mini_bdlm_begins_with_all_weights_of_a_dream_and_with_no_
     from hasten.train.released import export, read
 
     recipe = replace(minis.MINIS["mini-bdlm"], steps=1, lr=1e-9)
-    assert (recipe.shape.kind, recipe.shape.shift, recipe.shape.block, recipe.start) == ("block", True, 8, "mini-dlm")
+    assert (recipe.shape.kind, recipe.shape.shift, recipe.shape.block, recipe.start) == ("block", True, 8, "mini-ar")
     monkeypatch.setattr(minis, "MINIS", {"mini-bdlm": replace(recipe, shape=replace(TINY, kind="block", shift=True))})
     how = {"tokens": 1100, "counts": {}, "work": tmp_path / "work", "out": tmp_path / "out"}
     dream = Network(replace(TINY, shift=True), 3)
@@ -70,8 +70,8 @@ def test_the_recipe_of_mini_bdlm_begins_with_all_weights_of_a_dream_and_with_no_
     export(Network(TINY), tmp_path / "llada", {})
     with pytest.raises(IncompatibleError, match=r"layout of llada.*their own token.*Fast_dLLM_Qwen.*the next") as caught:
         minis.pretrain("mini-bdlm", **how, start=tmp_path / "llada")
-    assert (caught.value.field, "mini-dlm" in caught.value.hint) == ("start", True)
-    assert minis.pretrain("mini-bdlm", **how, start=tmp_path / "dream")["started_from"] == "mini-dlm"
+    assert (caught.value.field, "mini-ar" in caught.value.hint) == ("start", True)
+    assert minis.pretrain("mini-bdlm", **how, start=tmp_path / "dream")["started_from"] == "mini-ar"
     made = read(tmp_path / "out").state_dict()
     assert made.keys() == dream.state_dict().keys()
     for name, weight in dream.state_dict().items():

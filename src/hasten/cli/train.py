@@ -42,7 +42,7 @@ def train(
     vocab: Annotated[int, typer.Option(help="Drafters: most frequent tokens that are drafted.")] = 8192,
     loss: Annotated[str, typer.Option(help="Loss that aligns tvdpp: tvdpp, tvd, kld, mixed or none.")] = "tvdpp",
     seed: Annotated[int, typer.Option(help="Seed of prompts, answers and weights.")] = 0,
-    start: Annotated[Path | None, typer.Option(help="mini-bdlm: directory of the mini-dlm it begins with.")] = None,
+    start: Annotated[Path | None, typer.Option(help="mini-dlm, mini-bdlm: folder of the mini-ar it begins with.")] = None,
     out: Annotated[Path | None, typer.Option(help="File or directory to write (default: in the cache).")] = None,
     work: Annotated[Path | None, typer.Option(help="Folder for what lets a cut run go on (default: the cache).")] = None,
     no_measure: Annotated[

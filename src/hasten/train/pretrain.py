@@ -191,7 +191,8 @@ def objective(network: Network, given: Batch, generator: torch.Generator, maskin
     if kind == "block":
         return block_loss(network, given, mask_blocks(given, network.shape.block, generator))
     masked, weights = mask_samples(given.answer, generator, masking)
-    seen = opened(*given.ids.shape, share, generator) if share < 1 else None
+    rows, length = given.ids.shape
+    seen = opened(rows, length, share, generator) if share < 1 else None
     return loss(network, given, masked, weights, seen=seen)
 
 
