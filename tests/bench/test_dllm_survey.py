@@ -152,12 +152,13 @@ def test_a_tiny_checkpoint_loads_round_and_declares_what_its_family_does(kind, t
     )
 
 
-def test_mini_dlm_is_what_its_row_says():
-    loaded = load("mini-dlm")
-    assert declared(loaded.model.capabilities) == declared(family("mini-dlm").capabilities)
-    assert loaded.model.capabilities.max_len == family("mini-dlm").known("max_len")
-    assert round(loaded.config.parameters / 1e9, 4) == family("mini-dlm").known("params")
-    assert [one.name for one in Survey(Config(), MethodContext("mini-dlm", loaded.model)).families] == ["mini-dlm"]
+@pytest.mark.parametrize("name", ["mini-dlm", "mini-bdlm"])
+def test_a_bundled_model_is_what_its_row_says(name):
+    loaded = load(name)
+    assert declared(loaded.model.capabilities) == declared(family(name).capabilities)
+    assert loaded.model.capabilities.max_len == family(name).known("max_len")
+    assert round(loaded.config.parameters / 1e9, 4) == family(name).known("params")
+    assert [one.name for one in Survey(Config(), MethodContext(name, loaded.model)).families] == [name]
 
 
 def test_diffusion_gemma_is_what_transformers_and_our_adapter_say():
@@ -312,7 +313,7 @@ def test_questions_have_the_answers_that_the_facts_give():
     assert set(names("cache=exact")) == {one.name for one in everything if one.known("attention") not in (None, "full")}
     assert set(names("noise=uniform")) == {one.name for one in everything if one.known("noise") == "uniform"}
     assert names("mask_id=151666") == ["dream", "dream-coder", "diffucoder"]
-    assert set(names("shift=1 loads=hasten")) == {"dream", "dream-coder", "diffucoder", "fast-dllm-v2"}
+    assert set(names("shift=1 loads=hasten")) == {"dream", "dream-coder", "diffucoder", "fast-dllm-v2", "mini-dlm", "mini-bdlm"}
     assert names("cache=exact weights=closed") == []
     assert names("LLaDA 2.1")[0] == "llada-2.1"
     assert names("sdar")[0] == "sdar"
