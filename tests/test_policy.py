@@ -139,6 +139,14 @@ def test_presets_stand_for_parts_and_take_no_settings():
         registry.expand(("fast:tau=1",))
 
 
+def test_presets_are_those_of_the_kind_of_model():
+    full, blocks = Masked().capabilities, dataclasses.replace(Masked().capabilities, block=8)
+    assert registry.presets(full) is registry.PRESETS
+    assert registry.presets(dataclasses.replace(full, mask_id=None))["auto"] == ("diffusion-gemma",)
+    assert registry.presets(blocks)["fast"] == ("factor:f=0.5",), "its cache is there anyhow"
+    assert {**registry.presets(blocks), "fast": ()} == {**registry.PRESETS, "fast": ()}
+
+
 def test_every_part_declares_what_the_checks_ask():
     context = MethodContext("tiny", Masked())
     for slug, module in registry.modules().items():

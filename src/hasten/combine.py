@@ -33,7 +33,7 @@ def combine(names: tuple[str, ...], context: MethodContext, cost: Callable[[], P
         return combine(_tuned(names, given, context), context, cost)
     masked = context.capabilities.kind == "masked"
     if masked:
-        names = registry.expand(names, registry.UNIFORM if context.capabilities.mask_id is None else registry.PRESETS)
+        names = registry.expand(names, registry.presets(context.capabilities))
     slugs = [registry.parse(name)[0] for name in names]
     if not slugs:
         raise ConfigError("method is empty; method must be 'auto', 'plain' or method names", field="method")

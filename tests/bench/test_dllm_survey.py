@@ -313,7 +313,14 @@ def test_questions_have_the_answers_that_the_facts_give():
     assert set(names("cache=exact")) == {one.name for one in everything if one.known("attention") not in (None, "full")}
     assert set(names("noise=uniform")) == {one.name for one in everything if one.known("noise") == "uniform"}
     assert names("mask_id=151666") == ["dream", "dream-coder", "diffucoder"]
-    assert set(names("shift=1 loads=hasten")) == {"dream", "dream-coder", "diffucoder", "fast-dllm-v2", "mini-dlm", "mini-bdlm"}
+    assert set(names("shift=1 loads=hasten")) == {
+        "dream",
+        "dream-coder",
+        "diffucoder",
+        "fast-dllm-v2",
+        "mini-dlm",
+        "mini-bdlm",
+    }
     assert names("cache=exact weights=closed") == []
     assert names("LLaDA 2.1")[0] == "llada-2.1"
     assert names("sdar")[0] == "sdar"

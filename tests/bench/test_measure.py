@@ -282,7 +282,9 @@ def test_the_answer_to_a_puzzle_stands_in_tags_or_in_the_last_line():
 
 def test_cases_too_long_for_the_window_are_left_out_and_counted(tmp_path, dlm):
     path = tmp_path / "p.jsonl"
-    path.write_text(json.dumps({"prompt": "a" * 2000}) + "\n" + json.dumps({"prompt": "copy: cat sun pen", "answer": "cat sun pen"}))
+    path.write_text(
+        json.dumps({"prompt": "a" * 2000}) + "\n" + json.dumps({"prompt": "copy: cat sun pen", "answer": "cat sun pen"})
+    )
     options = {"file": str(path), "tokens": 16}
     found = measure.measure(dlm, "prompts", "plain,fast", options=options, seeds=(0, 1))
     assert (found["cases"], found["left_out"]["cases"]) == (2, 2)

@@ -97,7 +97,7 @@ def space(llm: LLM, *, lossy: bool, seed: int = 0, most: int = 24) -> Space:
     offer(("auto",))
     if lossy and masked:
         for preset in ("fast", "few-step"):
-            offer(registry.PRESETS[preset])
+            offer(registry.presets(llm.model.capabilities)[preset])
     singles = [options[0] for options in usable.values()]
     rng.shuffle(singles)
     for spec in singles:
