@@ -31,7 +31,12 @@ ARMS: dict[str, tuple[str, ...]] = {
     "fast": ("fast",),
     "few-step": ("few-step",),
 }
-WORLDS = {64: ("copy", "reverse", "sort", "close", "records"), 128: ("copy", "records", "sums"), 512: ("copy", "records")}
+FULL = ("dual cache", "dual cache + threshold", "few-step")  # arms that are for full attention
+WORLDS = {
+    64: ("copy", "reverse", "sort", "replace", "records", "sums"),
+    128: ("copy", "records", "sums"),
+    512: ("copy", "records"),
+}
 
 
 def show(what: str, done: int, total: int) -> None:
@@ -49,10 +54,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "canvas.json", help="where to write")
     args = parser.parse_args()
     llm = open_mini(show, args.model)
+    blocks = llm.model.capabilities.block is not None  # its cache is exact and always there, its blocks are its own
+    names = [name for name in args.arms if not (blocks and name in FULL)]
     started, canvases = time.perf_counter(), {}
     for canvas in args.canvas:
         worlds = WORLDS[max(size for size in WORLDS if size <= max(canvas, 64))]
-        arms = {name: ARMS[name] for name in args.arms}
+        arms = {name: ARMS[name] for name in names}
         done = trial(
             llm,
             arms,
@@ -71,7 +78,8 @@ def main() -> None:
             )
     result: dict[str, Any] = {
         "model": args.model,
-        "arms": {name: list(ARMS[name]) for name in args.arms},
+        "arms": {name: list(ARMS[name]) for name in names},
+        "exact_cache": blocks,
         "canvases": canvases,
         "machine": machine(),
         "seconds": round(time.perf_counter() - started, 1),

@@ -355,27 +355,26 @@ def spec() -> str:
 
 
 def canvases() -> str:
-    """The table of bench/results/canvas.json: what presets and baselines of canvas decoding cost and get right."""
-    path = ROOT / "bench" / "results" / "canvas.json"
-    if not path.is_file():
-        return "<!-- bench:canvas -->\nNot measured yet: `python bench/canvas.py`.\n<!-- /bench:canvas -->"
-    result = json.loads(path.read_text(encoding="utf-8"))
-    about, rows = result["machine"], []
-    for canvas, arms in result["canvases"].items():
-        for name, one in arms.items():
-            methods = ", ".join(f"`{method}`" for method in result["arms"][name])
-            worlds = ", ".join(f"{world} {figures['speedup']:.1f}x" for world, figures in one["worlds"].items())
-            cells = (_spread(one["accuracy"]), _spread(one["nfe"]), _spread(one["speedup"], "x"))
-            rows.append((canvas, f"{name} ({methods})", *cells, worlds))
-    text = (
-        f"{result['model']}, greedy, batch 1, unseen tasks of three seeds, every answer verified; medians over seeds "
-        f"(range in brackets), {about['threads']} threads of {about['cpu']}, {about['date']}; "
-        "`python bench/canvas.py` repeats it "
-        "([result file](../bench/results/canvas.json)). Speed is the wall time of the one-token reference sampler without "
-        "a cache divided by the arm's, over whole requests."
-    )
-    head = ("canvas", "methods", "right, percent", "forwards per answer", "speed", "by world")
-    return f"<!-- bench:canvas -->\n{text}\n\n{table(head, rows)}\n<!-- /bench:canvas -->"
+    """The tables of bench/results/canvas*.json: what presets and baselines of canvas decoding cost and get right."""
+    parts = ["<!-- bench:canvas -->"]
+    for path in sorted((ROOT / "bench" / "results").glob("canvas*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        about, rows = result["machine"], []
+        for canvas, arms in result["canvases"].items():
+            for name, one in arms.items():
+                methods = ", ".join(f"`{method}`" for method in result["arms"][name])
+                worlds = ", ".join(f"{world} {figures['speedup']:.1f}x" for world, figures in one["worlds"].items())
+                cells = (_spread(one["accuracy"]), _spread(one["nfe"]), _spread(one["speedup"], "x"))
+                rows.append((canvas, f"{name} ({methods})", *cells, worlds))
+        parts += [
+            f"{result['model']}, greedy, batch 1, unseen tasks of three seeds, every answer verified; medians over seeds "
+            f"(range in brackets), {about['threads']} threads of {about['cpu']}, {about['date']}; "
+            f"`python bench/canvas.py --model {result['model']}` repeats it "
+            f"([result file](../bench/results/{path.name})). Speed is the wall time of the one-token reference sampler"
+            f"{'' if result.get('exact_cache') else ' without a cache'} divided by the arm's, over whole requests.",
+            table(("canvas", "methods", "right, percent", "forwards per answer", "speed", "by world"), rows),
+        ]
+    return "\n\n".join([*parts, "<!-- /bench:canvas -->"])
 
 
 def minis() -> str:

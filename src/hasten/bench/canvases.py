@@ -17,7 +17,7 @@ from hasten.worlds import Sample, split_of
 if TYPE_CHECKING:
     from hasten.llm import LLM
 
-WORLDS = ("copy", "reverse", "sort", "close", "records")  # what mini-dlm knows; arithmetic it does not yet
+WORLDS = ("copy", "reverse", "sort", "close", "records")  # of what mini-dlm knows; its sums are weak
 _CACHE_BYTES = 400_000_000
 
 

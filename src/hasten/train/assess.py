@@ -144,9 +144,19 @@ def calibration(network: Network, count: int = 192, split: Split = "test", seed:
     out = {}
     for level in LEVELS:
         generator = torch.Generator().manual_seed(seed)
-        drawn = [given.answer & (torch.rand(given.answer.shape, generator=generator) < level) for given in batches]
+        drawn = [_hidden(network, given, level, generator) for given in batches]
         out[str(level)] = _error([_pairs(network, given, hidden) for given, hidden in zip(batches, drawn, strict=True)])
     return out
+
+
+def _hidden(network: Network, given: Batch, level: float, generator: torch.Generator) -> Tensor:
+    """Places of answers to mask at a noise level; for a block-causal network inside one block of a row, as it decodes."""
+    hidden = given.answer & (torch.rand(given.answer.shape, generator=generator) < level)
+    if network.shape.kind != "block":
+        return hidden
+    of = (torch.arange(given.ids.shape[1]) // network.shape.block)[None]
+    chosen = given.answer.float().multinomial(1, generator=generator)
+    return hidden & (of == of.expand_as(hidden).gather(1, chosen))
 
 
 def _pairs(network: Network, given: Batch, hidden: Tensor) -> tuple[Tensor, Tensor]:

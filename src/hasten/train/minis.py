@@ -42,7 +42,7 @@ MINIS = {
     "mini-dlm": Mini(
         "masked diffusion, every token sees every other (Dream's layout)",
         Shape(shift=True),
-        5000,
+        4000,
         4e-3,
         "mini-ar",
         opening=0.15,
@@ -52,7 +52,7 @@ MINIS = {
     "mini-bdlm": Mini(
         "masked diffusion in blocks of 8 (Fast-dLLM v2's layout)",
         Shape(kind="block", shift=True),
-        800,
+        600,
         2e-3,
         "mini-ar",
         canvases=(0.4, 0.41, 0.12, 0.05, 0.02),
