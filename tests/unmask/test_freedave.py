@@ -208,6 +208,27 @@ def test_a_draft_decides_no_token():
     assert last is not None
 
 
+def test_more_drafts_than_a_block_has_room_for_are_judged_by_what_they_cost():
+    """Else a count that no pass reaches would be tried for ever, as it was on blocks of eight."""
+    model = MODELS["full"]
+    rules = policy(model, "reference:block=4", "freedave:d=0")
+    depth = rules.stepper.depth
+    for _ in range(12):
+        row = rules.begin(rules.open(Request((5, 6), SamplingParams(max_tokens=4)), model.capabilities), None)
+        at, last = torch.arange(2, 6), None
+        while row.left:
+            own = Forward(model.logits(row.tokens)[at].masked_fill(torch.arange(97) == MASK, -torch.inf), at)
+            states = rules.stepper.branches(row, last or own, rules.advance)
+            assert len(states) <= 4
+            made = [
+                Forward(model.logits(one.tokens)[at].masked_fill(torch.arange(97) == MASK, -torch.inf), at)
+                for one in states
+            ]
+            taken, last = rules.stepper.settle(row, last or own, states, made, rules.advance)
+            row = taken[-1].row
+    assert all(len(depth.seconds[count]) >= Depth.TRIALS for count in Depth.COUNTS)
+
+
 class Canned:
     """A part of a policy for tests of what is refused."""
 

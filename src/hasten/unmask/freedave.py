@@ -57,12 +57,14 @@ class Config:
 
 
 class Drafts(list[CanvasRow]):
-    """The states of one pass, the first of them certain; `first` is the step to it, `started` when the pass began."""
+    """The states of one pass, the first of them certain, of `asked` at most.
 
-    def __init__(self, states: Sequence[CanvasRow], first: Taken) -> None:
+    `first` is the step to the first, `started` when drafting began.
+    """
+
+    def __init__(self, states: Sequence[CanvasRow], first: Taken, asked: int, started: float) -> None:
         super().__init__(states)
-        self.first = first
-        self.started = time.perf_counter()
+        self.first, self.asked, self.started = first, asked, started
 
 
 class Depth:
@@ -77,7 +79,7 @@ class Depth:
 
     def __init__(self) -> None:
         self.seconds = {count: deque[float](maxlen=9) for count in self.COUNTS}
-        self.reached = [0.0] * self.COUNTS[-1]  # how often state k + 1 was confirmed where it was drafted
+        self.reached = [0.0] * self.COUNTS[-1]  # how often state k + 1 was confirmed where it was asked for
         self.tried = [0.0] * self.COUNTS[-1]
         self.passes = 0
 
@@ -96,7 +98,10 @@ class Depth:
         return steps / statistics.median(self.seconds[count])
 
     def saw(self, count: int, steps: int, seconds: float) -> None:
-        """A pass over `count` states took `seconds` and led to `steps` of them."""
+        """A pass for which `count` states were asked took `seconds` and led to `steps` of them.
+
+        One whose drafts ended early, as they do where a block does, counts for what was asked all the same.
+        """
         self.passes += 1
         if count in self.seconds:
             self.seconds[count].append(seconds)
@@ -137,6 +142,7 @@ class FreeDave:
         """
         if seen is None:
             return [row]
+        started = time.perf_counter()  # drafting costs as much as a pass where the model is small
         first = taken = advance(row, seen)
         count = self.config.d if self.depth is None else self.depth.choose()
         states: list[CanvasRow] = []
@@ -144,7 +150,7 @@ class FreeDave:
             states.append(taken.row)
             if len(states) < count:
                 taken = advance(taken.row, seen)
-        return Drafts(states, first)
+        return Drafts(states, first, count, started)
 
     def settle(
         self,
@@ -170,7 +176,7 @@ class FreeDave:
             taken.append(step)
             last = found
         if self.depth is not None and isinstance(branches, Drafts):
-            self.depth.saw(len(branches), len(taken), time.perf_counter() - branches.started)
+            self.depth.saw(branches.asked, len(taken), time.perf_counter() - branches.started)
         return taken, forwards[last]
 
     def _confirmed(self, after: CanvasRow, branches: Sequence[CanvasRow], last: int) -> int:
