@@ -105,7 +105,7 @@ def test_the_bound_is_the_mean_over_masks():
             logits = llm.model.run([row]).logits
             logits[:, mask] = -torch.inf
             logs = logits.log_softmax(-1)
-            value = sum(float(logs[len(prompt) + i, answer[i]]) for i in hidden)
+            value = sum(float(logs[len(prompt) + i - llm.model.capabilities.logit_shift, answer[i]]) for i in hidden)
             exact += value * 3 / count / len(masks) / 3
     found = finish(bound(llm.model, prompt, answer, samples=600, seed=1))
     assert found == pytest.approx(exact, rel=0.1)

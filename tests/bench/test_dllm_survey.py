@@ -126,7 +126,7 @@ def test_a_released_config_gives_the_capabilities_that_the_registry_states(name)
         raw.pop(field, None)
     bundled = one.known("weights") == "bundled"
     raw |= {"vocab_size": one.known("vocab_size") or 160000, "eos_token_id": one.known("eos_ids"), "embedding_size": None}
-    raw |= {"mask_token_id": one.known("mask_id")} if bundled else {}
+    raw |= {"mask_token_id": one.known("mask_id"), "bd_size": one.known("block")} if bundled else {}
     made = capabilities_of(config_from_hf(raw), hooks=True)
     assert declared(made) == declared(one.capabilities)
     assert made.eos_ids == one.capabilities.eos_ids
@@ -334,7 +334,7 @@ def test_allows_asks_the_parts():
         one.name for one in families() if compatible(one.name, "canvas-cache").state in ("legal", "lacks")
     }
     exact = set(names("allows=freedave cache=exact loads=hasten"))
-    assert exact == {"llada-2.0", "llada-2.1", "sdar", "trado", "fast-dllm-v2"}
+    assert exact == {"llada-2.0", "llada-2.1", "sdar", "trado", "fast-dllm-v2", "mini-bdlm"}
 
 
 def test_wrong_questions_are_refused_and_typos_have_a_hint():

@@ -161,7 +161,7 @@ def test_families_are_a_table_of_all_columns(hasten):
 
 def test_families_answer_questions_and_one_is_shown_in_full(hasten):
     found = json.loads(hasten("methods", "--families", "cache=exact", "loads=hasten", "--json").out)
-    assert [one["name"] for one in found] == ["llada-2.0", "llada-2.1", "sdar", "trado", "fast-dllm-v2"]
+    assert [one["name"] for one in found] == ["llada-2.0", "llada-2.1", "sdar", "trado", "fast-dllm-v2", "mini-bdlm"]
     assert found[2]["mask_id"] == {"value": 151669, "source": "JetLM/SDAR-1.7B-Chat"}
     assert found[2]["parts"]["canvas-cache"]["state"] == "refused"
     page = hasten("methods", "--families", "llada").out

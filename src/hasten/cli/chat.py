@@ -118,9 +118,14 @@ class _CtrlC:
     def __init__(self) -> None:
         self.heard, self.last_s = False, -math.inf
 
-    def listen(self) -> None:
-        """From here on there is something to stop, until `heard` is set to False."""
-        self.heard, self.last_s = True, -math.inf
+    def listen(self, behind_answer: bool = False) -> None:
+        """From here on there is something to stop, until `heard` is set to False.
+
+        `behind_answer`: not by what was pressed to stop the answer before. readline hears that late, with the next line.
+        """
+        self.heard = True
+        if not behind_answer:
+            self.last_s = -math.inf
 
     def __call__(self, *signal: object) -> None:
         now_s = time.monotonic()
@@ -135,10 +140,12 @@ def _lines(terminal: bool, ctrl_c: _CtrlC) -> Iterator[str]:
         with suppress(ImportError):
             import readline  # noqa: F401 - importing it gives input() history and arrow keys
         print(_HELP, file=sys.stderr)
+    answered = False
     while True:
         try:
             try:
-                ctrl_c.listen()
+                ctrl_c.listen(behind_answer=answered)
+                answered = False
                 line = input("> " if terminal else "").strip()
             finally:
                 ctrl_c.heard = False
@@ -151,6 +158,7 @@ def _lines(terminal: bool, ctrl_c: _CtrlC) -> Iterator[str]:
             continue
         if line:
             yield line
+            answered = True
 
 
 def _answer(
