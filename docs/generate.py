@@ -357,7 +357,7 @@ def spec() -> str:
 def canvases() -> str:
     """The tables of bench/results/canvas*.json: what presets and baselines of canvas decoding cost and get right."""
     parts = ["<!-- bench:canvas -->"]
-    for path in sorted((ROOT / "bench" / "results").glob("canvas*.json")):
+    for path in sorted((ROOT / "bench" / "results").glob("canvas*.json"), key=lambda path: len(path.name)):
         result = json.loads(path.read_text(encoding="utf-8"))
         about, rows = result["machine"], []
         for canvas, arms in result["canvases"].items():

@@ -9,6 +9,7 @@ import torch
 from canvases import MASK, Masked, policy
 
 from hasten import registry
+from hasten.combine import presets
 from hasten.engine.contracts import MethodContext
 from hasten.engine.parts import FIXED, PROMPT, SLOT, Forward
 from hasten.errors import ConfigError, IncompatibleError
@@ -141,10 +142,10 @@ def test_presets_stand_for_parts_and_take_no_settings():
 
 def test_presets_are_those_of_the_kind_of_model():
     full, blocks = Masked().capabilities, dataclasses.replace(Masked().capabilities, block=8)
-    assert registry.presets(full) is registry.PRESETS
-    assert registry.presets(dataclasses.replace(full, mask_id=None))["auto"] == ("diffusion-gemma",)
-    assert registry.presets(blocks)["fast"] == ("factor:f=0.5",), "its cache is there anyhow"
-    assert {**registry.presets(blocks), "fast": ()} == {**registry.PRESETS, "fast": ()}
+    assert presets(full) is registry.PRESETS
+    assert presets(dataclasses.replace(full, mask_id=None))["auto"] == ("diffusion-gemma",)
+    assert presets(blocks)["fast"] == ("factor:f=0.5",), "its cache is there anyhow"
+    assert {**presets(blocks), "fast": ()} == {**registry.PRESETS, "fast": ()}
 
 
 def test_every_part_declares_what_the_checks_ask():

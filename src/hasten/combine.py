@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,13 @@ TRAINED = ("aded", "fspad")  # and with those of these that were made for the mo
 # On the native stack only the first of each: beside its short passes the others take longer than they save (bench/spec.py).
 
 
+def presets(capabilities: Capabilities) -> Mapping[str, tuple[str, ...]]:
+    """What the names of presets stand for on a model that fills canvases."""
+    if capabilities.mask_id is None:
+        return registry.UNIFORM
+    return registry.PRESETS if capabilities.block is None else registry.BLOCKS
+
+
 def combine(names: tuple[str, ...], context: MethodContext, cost: Callable[[], PassCost]) -> Parts:
     """The parts that these methods make together on one model; `cost` tells what its passes cost, where drafts are made.
 
@@ -33,7 +40,7 @@ def combine(names: tuple[str, ...], context: MethodContext, cost: Callable[[], P
         return combine(_tuned(names, given, context), context, cost)
     masked = context.capabilities.kind == "masked"
     if masked:
-        names = registry.expand(names, registry.presets(context.capabilities))
+        names = registry.expand(names, presets(context.capabilities))
     slugs = [registry.parse(name)[0] for name in names]
     if not slugs:
         raise ConfigError("method is empty; method must be 'auto', 'plain' or method names", field="method")

@@ -17,13 +17,10 @@ from difflib import get_close_matches
 from functools import lru_cache
 from importlib import metadata, resources
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hasten.errors import ConfigError, UnsupportedError, out_of_range, unknown_name
 from hasten.types import MethodCard
-
-if TYPE_CHECKING:
-    from hasten.engine.contracts import Capabilities
 
 FOLDERS = ("draft", "unmask", "logits", "compress", "reduce", "arch", "embed", "privacy")
 MIXED = ("bench",)  # folders in which only files named after a work of theirs are methods
@@ -50,13 +47,6 @@ BLOCKS: Mapping[str, tuple[str, ...]] = {
     **PRESETS,
     "fast": ("factor:f=0.5",),
 }  # and on one that is causal from block to block, whose cache is there anyhow and exact
-
-
-def presets(capabilities: Capabilities) -> Mapping[str, tuple[str, ...]]:
-    """What the names of presets stand for on a model that fills canvases."""
-    if capabilities.mask_id is None:
-        return UNIFORM
-    return PRESETS if capabilities.block is None else BLOCKS
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from hasten import registry
+from hasten.combine import presets
 from hasten.engine.contracts import MethodContext
 from hasten.errors import HastenError, out_of_range
 from hasten.policy import Policy
@@ -97,7 +98,7 @@ def space(llm: LLM, *, lossy: bool, seed: int = 0, most: int = 24) -> Space:
     offer(("auto",))
     if lossy and masked:
         for preset in ("fast", "few-step"):
-            offer(registry.presets(llm.model.capabilities)[preset])
+            offer(presets(llm.model.capabilities)[preset])
     singles = [options[0] for options in usable.values()]
     rng.shuffle(singles)
     for spec in singles:
