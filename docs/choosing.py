@@ -88,12 +88,12 @@ def canvases() -> str:
             cells += [
                 f"{one['speedup']['median']:.1f}x",
                 f"{one['nfe']['median']:.1f}",
-                f"{one['accuracy']['median']:g}<br>{one['accuracy']['min']:g}{TO}{one['accuracy']['max']:g}",
+                f"{one['accuracy']['median']:.3g}<br>{one['accuracy']['min']:.3g}{TO}{one['accuracy']['max']:.3g}",
             ]
         rows.append((f"{name} (" + ", ".join(f"`{method}`" for method in methods) + ")", *cells))
     heads = [head for size in result["canvases"] for head in (f"{size}: speed", f"{size}: forwards", f"{size}: right, %")]
     text = (
-        f"{result['model']} on canvases of {' and '.join(result['canvases'])} tokens, against the reference sampler "
+        f"{result['model']} on canvases of {', '.join(result['canvases'])} tokens, against the reference sampler "
         "without a cache; medians over seeds, least and greatest below, every answer verified. "
         f"{_machine(result['machine'])}; [by world](diffusion.md#measured)."
     )

@@ -22,7 +22,6 @@ from hasten.train.network import Layer, Network, Norm, Shape
 from hasten.train.objectives import Masking, block_loss, causal_loss, loss, mask_blocks, mask_samples, opened
 
 Report = Callable[[int, float], None]
-Hold = Callable[[Network, float], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +56,13 @@ class Config:
 class Run:
     """One training: the network, its averaged weights, optimisers, and how far it has come.
 
-    Batch, masks and rate depend on the step alone. `hold(network, share of the
-    run that is over)` may take gradients away before they are used.
+    Batch, masks and rate depend on the step alone.
     """
 
-    def __init__(
-        self, shape: Shape, config: Config, mixture: Mixture, masking: Masking | None = None, hold: Hold | None = None
-    ) -> None:
+    def __init__(self, shape: Shape, config: Config, mixture: Mixture, masking: Masking | None = None) -> None:
         if not hasattr(torch.optim, "Muon"):
             raise UnsupportedError(f"pretraining needs torch 2.9 or later; this is {torch.__version__}", field="torch")
         self.config, self.mixture, self.masking = config, mixture, masking or Masking()
-        self.hold = hold
         self.network = Network(shape, config.seed)
         self.averaged = Network(shape, config.seed)
         named = list(self.network.named_parameters())
@@ -118,8 +113,6 @@ class Run:
         if not bool(torch.isfinite(value)):
             return None
         value.backward()  # type: ignore[no-untyped-call]
-        if self.hold is not None:
-            self.hold(self.network, self.step / c.steps)
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), c.clip)
         for optimiser in self.optimisers:
             optimiser.step()

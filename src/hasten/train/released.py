@@ -37,9 +37,9 @@ _PARTS = {  # ours: LLaDA's, everyone else's
 }
 
 
-def released_name(name: str, model_type: str) -> str:
+def released_name(name: str, family: str) -> str:
     """The released name of one of our weights in a family."""
-    llada = model_type == "llada"
+    llada = family == "llada"
     if name == "embed.weight":
         return "model.transformer.wte.weight" if llada else "model.embed_tokens.weight"
     if name == "norm.weight":
