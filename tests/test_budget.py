@@ -261,31 +261,53 @@ def test_placeholders_are_asked_for_while_they_pay_and_looked_at_ever_more_rarel
 
 
 @pytest.mark.parametrize("rows", [1, 4])
-def test_a_cheap_drafter_rests_where_nothing_of_it_pays_for_drafting_and_comes_back(rows):
+def test_a_drafter_rests_where_its_passes_lose_time_and_comes_back(rows):
     budget, drafter = Budget(), Stub()
-    draft = Draft((1, 2), (-1, 0), scores=(0.3, 0.3))
+    budget.cost = taught(lambda n: 1.0 + 0.01 * (n - rows), rows=rows)
+    budget.book(drafter).cost.record(rows, 3 * rows, 0.001)
 
-    def asked(steep: float, drafted_s: float = 0.03) -> bool:
-        budget.cost = taught(lambda n: 1.0 + steep * (n - rows), rows=rows)
-        budgets = budget.ask(drafter, [2] * rows)
-        if any(budgets):
-            budget.keep(rows, 0, [(row, drafter, draft) for row in range(rows)], drafted_s)
-        return any(budgets)
+    def asked(seconds: float, tokens: float = 1.0, drafted_s: float = 0.03) -> bool:
+        yes = any(budget.ask(drafter, [2] * rows))
+        if yes:
+            budget.settle([drafter], rows, round(tokens * rows), drafted_s, seconds)
+        return yes
 
-    assert all(asked(1.0, 0.001) for _ in range(40))  # drafting takes no time: nothing to save
-    dear = [asked(1.0) for _ in range(200)]
-    assert dear[:8] == [True] * 8
-    rests = [len(list(same)) for yes, same in groupby(dear) if not yes]
-    assert rests[:5] == [8, 16, 32, 32, 32]
-    assert {len(list(same)) for yes, same in groupby(dear[8:]) if yes} == {4}  # it is looked at again and again
-    while not asked(0.0):  # a machine where nodes cost nothing: asked after at most one rest, and from then on always
+    assert all(asked(1.0, drafted_s=0.001) for _ in range(60))  # nothing was verified, and drafting takes no time
+    dear = [asked(1.22) for _ in range(300)]  # a quarter of a pass is lost each time, half a pass is the credit
+    assert dear[:3] == [True, True, True]
+    runs = [(yes, len(list(same))) for yes, same in groupby(dear)]
+    assert [length for yes, length in runs if not yes][:5] == [8, 16, 32, 64, 64]
+    assert {length for yes, length in runs[1:-1] if yes} == {2}  # it is looked at again and again, at a quarter of a pass
+    while not asked(1.1, 2.0):  # text that it knows: asked after at most one rest, and from then on always
         pass
-    assert all(asked(0.0) for _ in range(40))
-    again = [asked(1.0) for _ in range(20)]
-    assert [len(list(same)) for yes, same in groupby(again)][:2] == [8, 8]  # and rests are short again
-    kept = Budget()
-    kept.cost = taught(lambda n: 1.0 + 0.02 * (n - rows), rows=rows)
-    for _ in range(40):  # what is kept gains less than drafting takes: one rests all the same
-        if any(kept.ask(drafter, [2] * rows)):
-            assert any(len(one) for one in kept.keep(rows, 0, [(row, drafter, draft) for row in range(rows)], 9.0))
-    assert kept.book(drafter).nap == 32
+    assert all(asked(1.1, 2.0) for _ in range(40))
+    again = [asked(1.52) for _ in range(30)]
+    assert [len(list(same)) for yes, same in groupby(again)][:2] == [4, 8]  # soon tired however long it did well
+
+
+def test_a_drafter_whose_forecast_is_wrong_costs_little():
+    budget, drafter = Budget(), Stub()
+    budget.cost = taught(lambda n: 1.0, rows=1)  # verifying is thought free, and takes twice as long
+    spent = committed = 0.0
+    for _ in range(2000):
+        drafted = any(budget.ask(drafter, [4]))
+        seconds = 2.0 if drafted else 1.0
+        if drafted:
+            budget.settle([drafter], 1, 1, 0.01, seconds)
+        spent, committed = spent + seconds, committed + 1
+    assert committed / spent > 0.97
+
+
+def test_only_passes_whose_rows_were_all_weighed_are_settled(monkeypatch):
+    engine = tiny.engine()
+    settled = []
+    monkeypatch.setattr(Budget, "settle", lambda self, *given: settled.append(given))
+    request = Request((5, 9, 13), SamplingParams(max_tokens=12, ignore_eos=True))
+    both = [Parts(RandomTree(tiny.VOCAB), budget=4, measured=measured) for measured in (True, False)]
+    engine.run([(request, both[0])])
+    asked = [given for given in settled if list(given[0])]
+    assert asked
+    assert all(rows == 1 and tokens >= 1 and drafted_s > 0 and seconds > 0 for _, rows, tokens, drafted_s, seconds in asked)
+    settled.clear()
+    engine.run([(request, both[1])])  # drafts all the same, whatever it costs
+    assert not [given for given in settled if list(given[0])]

@@ -10,8 +10,9 @@ draft and its drafter it asks no more than the two protocols below, so that the 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import Any, ClassVar, Protocol, TypeVar
 
 # few sizes, so that each is soon known; with the root 32 tokens, the most of which attention treats all alike
@@ -26,10 +27,11 @@ _BINS = 20  # bins of a drafter's scores
 _KEEP = 0.98  # weight of a bin's past against its next observation: about 50 observations count
 _ROW = 6.0  # observations by which one row's acceptance is drawn to that of all rows
 _PRIOR = 4.0  # observations that the drafter's own score is worth
-_USELESS = 8  # passes in a row for which nothing of a drafter's paid for drafting it, after which it is not asked
+_CREDIT = 0.5  # plain passes of time that a drafter may lose before it rests; half of it after a rest
+_PROVEN = 2.0  # plain passes of time gained that are remembered in its favour
 _FREE = 0.01  # share of a pass that drafting takes when there is nothing to save by resting
-_REST = 8  # for so many passes; half as many that do not pay then follow until the next rest, which is twice as long
-_LONGEST = 32  # but no longer than this: texts begin to repeat themselves at any place
+_REST = 8  # for so many passes; the next rest is twice as long
+_LONGEST = 64  # but no longer than this: texts begin to repeat themselves at any place
 _SLOWER = 3.0  # rows that decode wait for prompts at most so many times as long as their own pass takes
 _LEAST_READ = 32  # prompt tokens of a pass at least: fewer cost nearly as much
 _READ = 64  # as long as nothing was measured
@@ -138,6 +140,11 @@ class PassCost:
             return known[above]
         share = (tokens - below) / (above - below)
         return (1 - share) * known[below] + share * known[above]
+
+    def typical(self, rows: int) -> float:
+        """Median seconds of the newest passes over one token of each of `rows` rows; 0 when there was none."""
+        size = self._sizes.get(rows, {}).get(rows)
+        return median(size.times) if size is not None and size.times else 0.0
 
     def table(self, rows: int = 1) -> dict[int, float]:
         """Query tokens -> seconds, as measured for passes of `rows` rows."""
@@ -300,7 +307,7 @@ class _Book:
         self.acceptance = Acceptance()
         self.cost = PassCost()
         self.skipped, self.patience = 0, 8
-        self.useless, self.pause, self.nap = 0, 0, _REST  # passes in a row that it did not pay in; its rest; the next one's
+        self.credit, self.pause, self.nap = _CREDIT, 0, _REST  # plain passes that it has gained; its rest; the next one's
         self.blind, self.rest = 0, 8  # passes without its placeholders, and how many there are to be
 
 
@@ -326,15 +333,13 @@ class Budget:
         """Nodes to ask of `drafter` for each row, at most `caps`; all zeros: do not ask it this time.
 
         A drafter that is cheap and proposes fixed tokens is asked for all: its drafts are cut afterwards, by what they say.
-        It rests for a few passes where long none of its nodes paid for drafting them. One that costs something, or
-        samples (whose draft must not be cut by its tokens), is weighed before.
+        It rests for a few passes after those that drafted took longer for their tokens than plain ones (`settle`). One that
+        costs something, or samples (whose draft must not be cut by its tokens), is weighed before.
         """
         book, rows, cap = self.book(drafter), len(caps), max(caps)
         plain = self.cost(rows, rows)
         drafting = book.cost(rows, rows + sum(caps))
         if drafter.draws == "point" and (drafting <= CHEAP * plain or getattr(drafter, "weighed", False)):
-            if book.useless >= _USELESS:
-                book.useless, book.pause, book.nap = _USELESS // 2, book.nap, min(2 * book.nap, _LONGEST)
             if book.pause:
                 book.pause -= 1
                 return [0] * rows
@@ -372,13 +377,28 @@ class Budget:
         book.blind, book.rest = 0, min(2 * book.rest, 128)  # times change: look again, ever more rarely
         return True
 
-    def keep(
-        self, rows: int, fixed: int, drafts: Sequence[tuple[int, Drafter, AnyDraft]], drafted_s: float = 0.0
-    ) -> list[AnyDraft]:
+    def settle(self, drafters: Iterable[Drafter | None], rows: int, tokens: int, drafted_s: float, seconds: float) -> None:
+        """A pass of `rows` rows committed `tokens` in so many seconds, after `drafted_s` of drafting by these drafters.
+
+        What plain passes take for as many tokens is what they have earned: measured, not foretold, so that no error of a
+        forecast can make drafting a loss for long. Where neither drafting nor the pass took time nothing is counted.
+        """
+        plain = self.cost.typical(rows)
+        if not plain or (drafted_s <= _FREE * plain and tokens == rows and seconds <= (1 + _FREE) * plain):
+            return
+        gain = tokens / rows - (drafted_s + seconds) / plain
+        for book in (self.book(drafter) for drafter in drafters if drafter is not None):
+            book.credit = min(_PROVEN, book.credit + gain)
+            if book.credit >= _PROVEN:
+                book.nap = _REST
+            elif book.credit < 0:
+                book.credit, book.pause, book.nap = _CREDIT / 2, book.nap, min(2 * book.nap, _LONGEST)
+
+    def keep(self, rows: int, fixed: int, drafts: Sequence[tuple[int, Drafter, AnyDraft]]) -> list[AnyDraft]:
         """The part of each (row, drafter, draft) that pays, chosen over all rows of the pass at once.
 
-        `rows` take part in the pass, `fixed` tokens are in it besides one per row. Sampled drafts stay whole. The seconds
-        spent on drafting are spent; what is kept must be worth them, or the drafters soon rest.
+        `rows` take part in the pass, `fixed` tokens are in it besides one per row. Sampled drafts stay whole. The time
+        that drafting took is spent, and no matter here; `settle` asks whether it was worth it.
         """
         whole = sum(len(draft) for _, drafter, draft in drafts if drafter.draws != "point")
         ranked: list[tuple[float, int, int]] = []
@@ -390,8 +410,8 @@ class Budget:
             return [draft for _, _, draft in drafts]
         ranked.sort()
         base = rows + fixed + whole
-        plain = best = rows / (self.cost(rows, base) or 1e9)
-        kept, gain, seen, paid = 0, float(rows), 0, False
+        best = rows / (self.cost(rows, base) or 1e9)
+        kept, gain, seen = 0, float(rows), 0
         largest = _GROWTH * max(self.cost.table(rows), default=base)
         for size in GRID[1:]:
             if size > len(ranked) or base + size > largest:
@@ -400,14 +420,10 @@ class Budget:
             seen = size
             seconds = self.cost(rows, base + size)
             if seconds and gain / seconds > best:
-                best, kept, paid = gain / seconds, size, gain / (seconds + drafted_s) > plain
+                best, kept = gain / seconds, size
         chosen: list[list[int]] = [[] for _ in drafts]
         for _, i, node in ranked[:kept]:
             chosen[i].append(node)
-        for book in {id(drafter): self.book(drafter) for _, drafter, _ in drafts}.values():
-            if paid or drafted_s > _FREE * self.cost(rows, base):
-                book.useless = 0 if paid else book.useless + 1
-            book.nap = _REST if paid else book.nap
         return [
             select(draft, deepest_first(draft, chosen[i])) if drafter.draws == "point" else draft
             for i, (_, drafter, draft) in enumerate(drafts)

@@ -131,6 +131,8 @@ class Union:
     def observe(self, feedback: Sequence[Feedback]) -> None:
         """Every member hears what it asked for, and no more."""
         for member in self.members:
+            if member.needs.feedback == "none" and not member.needs.prompt:
+                continue
             reports = [_part(report, member.needs) for report in feedback if report.nodes or member.needs.prompt]
             if reports:
                 member.observe(reports)

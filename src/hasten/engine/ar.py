@@ -70,7 +70,7 @@ class AutoregressiveLoop:
             for row in hearers:
                 if caught.error is not None and row.reason is None:
                     row.fail(caught.error)
-        self._time(turns, self.trace.now() - drafted_s)
+        self._time(turns, drafted_s - started_s, self.trace.now() - drafted_s)
         for turn in turns:
             turn.row.draft_s += (drafted_s - started_s) / len(turns)
 
@@ -88,19 +88,22 @@ class AutoregressiveLoop:
             judged = self._judge(turn, logits, done, done.logit_starts[index] + turn.heard)
             if judged is None:
                 return []
-            if drafter is not None:
+            if drafter is not None and turn.needs.feedback != "none":
                 reports.append(self._feedback(turn, index, done, logits, *judged, turn.needs))
         else:
             row.cache.advance(turn.count)
             self._prefilled(row, row.cache.length)
         return reports
 
-    def _time(self, turns: Sequence[Turn], seconds: float) -> None:
+    def _time(self, turns: Sequence[Turn], drafted_s: float, seconds: float) -> None:
         """Learn from a pass that took so long what decoding costs, or what reading prompts beside it does."""
         size = sum(1 + len(turn.draft) + self._worth(turn.pseudo, len(turn.anchors)) for turn in turns if turn.count == 1)
         rows = sum(turn.count == 1 for turn in turns)
         if rows == len(turns):
             self.budget.cost.record(rows, size, seconds)
+            if all(turn.asked or not len(turn.draft) for turn in turns):
+                asked = {id(turn.row.drafter): turn.row.drafter for turn in turns if turn.asked}
+                self.budget.settle(asked.values(), rows, rows + sum(turn.taken for turn in turns), drafted_s, seconds)
         else:
             alone = self.budget.cost(rows, size) or self.budget.plain(rows)
             if alone or not rows:
@@ -156,7 +159,6 @@ class AutoregressiveLoop:
     def _propose(self, turns: Sequence[Turn]) -> None:
         """Fill in the drafts of ready rows, each within its row's budget."""
         asked: dict[int, tuple[Drafter, list[Turn]]] = {}
-        started_s = self.trace.now()
         for turn in turns:
             row = turn.row
             if row.drafter is not None and not row.opened:
@@ -173,7 +175,7 @@ class AutoregressiveLoop:
                 asked.setdefault(id(row.drafter), (row.drafter, []))[1].append(turn)
         for drafter, waiting in asked.values():
             self._ask(drafter, waiting, len(turns))
-        self._keep(turns, [turn for _, waiting in asked.values() for turn in waiting], started_s)
+        self._keep(turns, [turn for _, waiting in asked.values() for turn in waiting])
         for turn in turns:
             if len(turn.draft):
                 self._emit(turn.row, "draft", tokens=turn.draft.tokens, parents=turn.draft.parents)
@@ -195,20 +197,19 @@ class AutoregressiveLoop:
         for turn, budget, draft in zip(waiting, budgets, drafts, strict=True):
             check_draft(draft, budget, self.backbone.capabilities.vocab_size)
             check_law(turn.row.law, drafter.draws, draft)
-            turn.draft = _cut(draft, turn.row.remaining - 1)
+            turn.draft, turn.asked = _cut(draft, turn.row.remaining - 1), turn.row.measured
             if turn.row.measured and len(turn.draft):
                 self.budget.book(drafter).acceptance.watch(turn.row.id, len(turn.row.tokens), turn.draft)
 
-    def _keep(self, turns: Sequence[Turn], asked: Sequence[Turn], started_s: float) -> None:
-        """Cut the drafts of measured rows, asked of their drafters since `started_s`, to the nodes that pay here."""
+    def _keep(self, turns: Sequence[Turn], asked: Sequence[Turn]) -> None:
+        """Cut the drafts of measured rows to the nodes that pay here."""
         measured = [turn for turn in asked if turn.row.measured and len(turn.draft)]
         if not measured:
             return
         others = sum(turn.count - 1 + len(turn.draft) for turn in turns) - sum(len(turn.draft) for turn in measured)
         others += sum(self._worth(turn.pseudo, 1) for turn in turns)
         drafts = [(turn.row.id, cast(Drafter, turn.row.drafter), turn.draft) for turn in measured]
-        drafted_s = self.trace.now() - started_s
-        for turn, draft in zip(measured, self.budget.keep(len(turns), others, drafts, drafted_s), strict=True):
+        for turn, draft in zip(measured, self.budget.keep(len(turns), others, drafts), strict=True):
             turn.draft = draft
 
     @staticmethod
@@ -260,6 +261,7 @@ class AutoregressiveLoop:
         # everything committed but the newest token is in the cache now; the newest is the next root
         row.cache.gather(base, [*range(turn.count), *(turn.count + node for node in taken)])
         row.accepted += len(taken)
+        turn.taken = len(taken)
         if first_pass:
             row.first_s = self.trace.now()
         return tuple(taken), following

@@ -97,9 +97,9 @@ class Needs:
 
     `hidden`: hidden states entering these layers (0-based; `layers` = after the last). `final_hidden`: after the final
     norm. `topk`: ids and logits of the k best tokens at every verified node. `logits`: raw logits of every node.
-    `embeds`: fused input embeddings. `feedback`: report accepted nodes only, or all. `prompt`: also report the prompt
-    as it is read, and with `prompt_logits` the asked topk or logits there too, which costs the output layer over all of
-    it. `pseudo`: placeholder queries that run beside a row's own for one pass; see Pseudo.
+    `embeds`: fused input embeddings. `feedback`: report accepted nodes only, or all, or nothing. `prompt`: also report the
+    prompt as it is read, and with `prompt_logits` the asked topk or logits there too, which costs the output layer over all
+    of it. `pseudo`: placeholder queries that run beside a row's own for one pass; see Pseudo.
     """
 
     hidden: tuple[int, ...] = ()
@@ -107,7 +107,7 @@ class Needs:
     topk: int = 0
     logits: bool = False
     embeds: bool = False
-    feedback: Literal["accepted", "all"] = "accepted"
+    feedback: Literal["none", "accepted", "all"] = "accepted"
     prompt: bool = False
     prompt_logits: bool = False
     pseudo: Pseudo | None = None
@@ -120,14 +120,14 @@ class Needs:
             topk=max(self.topk, other.topk),
             logits=self.logits or other.logits,
             embeds=self.embeds or other.embeds,
-            feedback="all" if "all" in (self.feedback, other.feedback) else "accepted",
+            feedback=max(self.feedback, other.feedback, key=("none", "accepted", "all").index),
             prompt=self.prompt or other.prompt,
             prompt_logits=self.prompt_logits or other.prompt_logits,
             pseudo=self.pseudo or other.pseudo,
         )
 
 
-NO_NEEDS = Needs()
+NO_NEEDS = Needs(feedback="none")
 
 
 @dataclass(slots=True)

@@ -134,6 +134,7 @@ class Turn:
     """One row's part of a pass: `count` pending tokens, then the nodes of `draft` when the row is `ready`.
 
     `pseudo` are the placeholders its drafter asks for, None where they do not pay; `needs` is what it wants to hear.
+    `asked` says that its drafter was weighed and drafted, `taken` how many nodes were accepted.
     """
 
     row: Row
@@ -142,6 +143,8 @@ class Turn:
     draft: Draft = EMPTY_DRAFT
     pseudo: Pseudo | None = None
     needs: Needs = NO_NEEDS
+    asked: bool = False
+    taken: int = 0
 
     @property
     def heard(self) -> int:
