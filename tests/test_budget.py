@@ -260,9 +260,38 @@ def test_placeholders_are_asked_for_while_they_pay_and_looked_at_ever_more_rarel
     assert gaps[0] == 16
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-def test_a_drafter_rests_where_its_passes_lose_time_and_comes_back(rows):
-    budget, drafter = Budget(), Stub()
+def test_a_cheap_drafter_rests_where_nothing_of_it_pays_for_drafting_and_comes_back():
+    budget, drafter, rows = Budget(), Stub(), 1
+    draft = Draft((1, 2), (-1, 0), scores=(0.3, 0.3))
+
+    def asked(steep: float, drafted_s: float = 0.03) -> bool:
+        budget.cost = taught(lambda n: 1.0 + steep * (n - rows), rows=rows)
+        budgets = budget.ask(drafter, [2] * rows)
+        if any(budgets):
+            budget.keep(rows, 0, [(row, drafter, draft) for row in range(rows)], drafted_s)
+        return any(budgets)
+
+    assert all(asked(1.0, 0.001) for _ in range(40))  # drafting takes no time: nothing to save
+    dear = [asked(1.0) for _ in range(200)]
+    assert dear[:8] == [True] * 8
+    rests = [len(list(same)) for yes, same in groupby(dear) if not yes]
+    assert rests[:5] == [8, 16, 32, 32, 32]
+    assert {len(list(same)) for yes, same in groupby(dear[8:]) if yes} == {4}  # it is looked at again and again
+    while not asked(0.0):  # a machine where nodes cost nothing: asked after at most one rest, and from then on always
+        pass
+    assert all(asked(0.0) for _ in range(40))
+    again = [asked(1.0) for _ in range(20)]
+    assert [len(list(same)) for yes, same in groupby(again)][:2] == [8, 8]  # and rests are short again
+    kept = Budget()
+    kept.cost = taught(lambda n: 1.0 + 0.02 * (n - rows), rows=rows)
+    for _ in range(40):  # what is kept gains less than drafting takes: one rests all the same
+        if any(kept.ask(drafter, [2] * rows)):
+            assert any(len(one) for one in kept.keep(rows, 0, [(row, drafter, draft) for row in range(rows)], 9.0))
+    assert kept.book(drafter).nap == 32
+
+
+def test_drafters_of_several_rows_rest_where_their_passes_lose_time_and_come_back():
+    budget, drafter, rows = Budget(), Stub(), 4
     budget.cost = taught(lambda n: 1.0 + 0.01 * (n - rows), rows=rows)
     budget.book(drafter).cost.record(rows, 3 * rows, 0.001)
 
@@ -285,29 +314,37 @@ def test_a_drafter_rests_where_its_passes_lose_time_and_comes_back(rows):
     assert [len(list(same)) for yes, same in groupby(again)][:2] == [4, 8]  # soon tired however long it did well
 
 
-def test_a_drafter_whose_forecast_is_wrong_costs_little():
+def test_a_forecast_that_is_wrong_costs_several_rows_little():
     budget, drafter = Budget(), Stub()
-    budget.cost = taught(lambda n: 1.0, rows=1)  # verifying is thought free, and takes twice as long
+    budget.cost = taught(lambda n: 1.0, rows=2)  # verifying is thought free, and takes twice as long
     spent = committed = 0.0
     for _ in range(2000):
-        drafted = any(budget.ask(drafter, [4]))
+        drafted = any(budget.ask(drafter, [4, 4]))
         seconds = 2.0 if drafted else 1.0
         if drafted:
-            budget.settle([drafter], 1, 1, 0.01, seconds)
+            budget.settle([drafter], 2, 2, 0.01, seconds)
         spent, committed = spent + seconds, committed + 1
     assert committed / spent > 0.97
+
+
+def test_a_row_alone_is_left_to_the_forecast():
+    budget, drafter = Budget(), Stub()
+    budget.cost = taught(lambda n: 1.0)
+    for _ in range(20):
+        budget.settle([drafter], 1, 1, 0.5, 2.0)
+    assert any(budget.ask(drafter, [4]))
 
 
 def test_only_passes_whose_rows_were_all_weighed_are_settled(monkeypatch):
     engine = tiny.engine()
     settled = []
-    monkeypatch.setattr(Budget, "settle", lambda self, *given: settled.append(given))
+    monkeypatch.setattr(Budget, "settle", lambda self, *given: settled.append([list(given[0]), *given[1:]]))
     request = Request((5, 9, 13), SamplingParams(max_tokens=12, ignore_eos=True))
     both = [Parts(RandomTree(tiny.VOCAB), budget=4, measured=measured) for measured in (True, False)]
     engine.run([(request, both[0])])
-    asked = [given for given in settled if list(given[0])]
+    asked = [rest for drafters, *rest in settled if drafters]
     assert asked
-    assert all(rows == 1 and tokens >= 1 and drafted_s > 0 and seconds > 0 for _, rows, tokens, drafted_s, seconds in asked)
+    assert all(rows == 1 and tokens >= 1 and drafted_s > 0 and seconds > 0 for rows, tokens, drafted_s, seconds in asked)
     settled.clear()
     engine.run([(request, both[1])])  # drafts all the same, whatever it costs
-    assert not [given for given in settled if list(given[0])]
+    assert not any(drafters for drafters, *_ in settled)

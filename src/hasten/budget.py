@@ -27,11 +27,13 @@ _BINS = 20  # bins of a drafter's scores
 _KEEP = 0.98  # weight of a bin's past against its next observation: about 50 observations count
 _ROW = 6.0  # observations by which one row's acceptance is drawn to that of all rows
 _PRIOR = 4.0  # observations that the drafter's own score is worth
-_CREDIT = 0.5  # plain passes of time that a drafter may lose before it rests; half of it after a rest
-_PROVEN = 2.0  # plain passes of time gained that are remembered in its favour
+_USELESS = 8  # passes in a row for which nothing of a drafter's paid for drafting it, after which it is not asked
 _FREE = 0.01  # share of a pass that drafting takes when there is nothing to save by resting
-_REST = 8  # for so many passes; the next rest is twice as long
-_LONGEST = 64  # but no longer than this: texts begin to repeat themselves at any place
+_CREDIT = 0.5  # plain passes of time that a drafter of several rows may lose before it rests; half of it after a rest
+_PROVEN = 2.0  # plain passes of time gained that are remembered in its favour
+_REST = 8  # a rest in passes; the next one is twice as long
+_LONGEST = 32  # but no longer than this: texts begin to repeat themselves at any place
+_LONGEST_TOGETHER = 64  # several rows lose more by drafts that fail, and each has less to gain
 _SLOWER = 3.0  # rows that decode wait for prompts at most so many times as long as their own pass takes
 _LEAST_READ = 32  # prompt tokens of a pass at least: fewer cost nearly as much
 _READ = 64  # as long as nothing was measured
@@ -307,7 +309,11 @@ class _Book:
         self.acceptance = Acceptance()
         self.cost = PassCost()
         self.skipped, self.patience = 0, 8
-        self.credit, self.pause, self.nap = _CREDIT, 0, _REST  # plain passes that it has gained; its rest; the next one's
+        self.useless, self.credit = (
+            0,
+            _CREDIT,
+        )  # passes in a row that it did not pay in; plain passes of time that it gained
+        self.pause, self.nap = 0, _REST  # its rest, and the next one's
         self.blind, self.rest = 0, 8  # passes without its placeholders, and how many there are to be
 
 
@@ -333,13 +339,15 @@ class Budget:
         """Nodes to ask of `drafter` for each row, at most `caps`; all zeros: do not ask it this time.
 
         A drafter that is cheap and proposes fixed tokens is asked for all: its drafts are cut afterwards, by what they say.
-        It rests for a few passes after those that drafted took longer for their tokens than plain ones (`settle`). One that
-        costs something, or samples (whose draft must not be cut by its tokens), is weighed before.
+        It rests for a few passes where long none of its nodes paid for drafting them, or where `settle` found a loss. One
+        that costs something, or samples (whose draft must not be cut by its tokens), is weighed before.
         """
         book, rows, cap = self.book(drafter), len(caps), max(caps)
         plain = self.cost(rows, rows)
         drafting = book.cost(rows, rows + sum(caps))
         if drafter.draws == "point" and (drafting <= CHEAP * plain or getattr(drafter, "weighed", False)):
+            if book.useless >= _USELESS:
+                book.useless, book.pause, book.nap = _USELESS // 2, min(book.nap, _LONGEST), min(2 * book.nap, _LONGEST)
             if book.pause:
                 book.pause -= 1
                 return [0] * rows
@@ -378,13 +386,14 @@ class Budget:
         return True
 
     def settle(self, drafters: Iterable[Drafter | None], rows: int, tokens: int, drafted_s: float, seconds: float) -> None:
-        """A pass of `rows` rows committed `tokens` in so many seconds, after `drafted_s` of drafting by these drafters.
+        """A pass of several rows committed `tokens` in so many seconds, after `drafted_s` of drafting by these drafters.
 
-        What plain passes take for as many tokens is what they have earned: measured, not foretold, so that no error of a
-        forecast can make drafting a loss for long. Where neither drafting nor the pass took time nothing is counted.
+        What plain passes take for as many tokens is what they have earned: measured, not foretold, since over several rows
+        small errors of the forecast add up to a loss. A row alone is left to the forecast: its passes differ in time
+        by more than a draft gains, and bursts of text that repeats itself would be slept through.
         """
         plain = self.cost.typical(rows)
-        if not plain or (drafted_s <= _FREE * plain and tokens == rows and seconds <= (1 + _FREE) * plain):
+        if rows == 1 or not plain or (drafted_s <= _FREE * plain and tokens == rows and seconds <= (1 + _FREE) * plain):
             return
         gain = tokens / rows - (drafted_s + seconds) / plain
         for book in (self.book(drafter) for drafter in drafters if drafter is not None):
@@ -392,13 +401,15 @@ class Budget:
             if book.credit >= _PROVEN:
                 book.nap = _REST
             elif book.credit < 0:
-                book.credit, book.pause, book.nap = _CREDIT / 2, book.nap, min(2 * book.nap, _LONGEST)
+                book.credit, book.pause, book.nap = _CREDIT / 2, book.nap, min(2 * book.nap, _LONGEST_TOGETHER)
 
-    def keep(self, rows: int, fixed: int, drafts: Sequence[tuple[int, Drafter, AnyDraft]]) -> list[AnyDraft]:
+    def keep(
+        self, rows: int, fixed: int, drafts: Sequence[tuple[int, Drafter, AnyDraft]], drafted_s: float = 0.0
+    ) -> list[AnyDraft]:
         """The part of each (row, drafter, draft) that pays, chosen over all rows of the pass at once.
 
-        `rows` take part in the pass, `fixed` tokens are in it besides one per row. Sampled drafts stay whole. The time
-        that drafting took is spent, and no matter here; `settle` asks whether it was worth it.
+        `rows` take part in the pass, `fixed` tokens are in it besides one per row. Sampled drafts stay whole. The seconds
+        spent on drafting are spent; what is kept for a row alone must be worth them, or its drafter soon rests.
         """
         whole = sum(len(draft) for _, drafter, draft in drafts if drafter.draws != "point")
         ranked: list[tuple[float, int, int]] = []
@@ -410,8 +421,8 @@ class Budget:
             return [draft for _, _, draft in drafts]
         ranked.sort()
         base = rows + fixed + whole
-        best = rows / (self.cost(rows, base) or 1e9)
-        kept, gain, seen = 0, float(rows), 0
+        plain = best = rows / (self.cost(rows, base) or 1e9)
+        kept, gain, seen, paid = 0, float(rows), 0, False
         largest = _GROWTH * max(self.cost.table(rows), default=base)
         for size in GRID[1:]:
             if size > len(ranked) or base + size > largest:
@@ -420,10 +431,14 @@ class Budget:
             seen = size
             seconds = self.cost(rows, base + size)
             if seconds and gain / seconds > best:
-                best, kept = gain / seconds, size
+                best, kept, paid = gain / seconds, size, gain / (seconds + drafted_s) > plain
         chosen: list[list[int]] = [[] for _ in drafts]
         for _, i, node in ranked[:kept]:
             chosen[i].append(node)
+        for book in {id(drafter): self.book(drafter) for _, drafter, _ in drafts if rows == 1}.values():
+            if paid or drafted_s > _FREE * self.cost(rows, base):
+                book.useless = 0 if paid else book.useless + 1
+            book.nap = _REST if paid else book.nap
         return [
             select(draft, deepest_first(draft, chosen[i])) if drafter.draws == "point" else draft
             for i, (_, drafter, draft) in enumerate(drafts)

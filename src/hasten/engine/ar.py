@@ -159,6 +159,7 @@ class AutoregressiveLoop:
     def _propose(self, turns: Sequence[Turn]) -> None:
         """Fill in the drafts of ready rows, each within its row's budget."""
         asked: dict[int, tuple[Drafter, list[Turn]]] = {}
+        started_s = self.trace.now()
         for turn in turns:
             row = turn.row
             if row.drafter is not None and not row.opened:
@@ -175,7 +176,7 @@ class AutoregressiveLoop:
                 asked.setdefault(id(row.drafter), (row.drafter, []))[1].append(turn)
         for drafter, waiting in asked.values():
             self._ask(drafter, waiting, len(turns))
-        self._keep(turns, [turn for _, waiting in asked.values() for turn in waiting])
+        self._keep(turns, [turn for _, waiting in asked.values() for turn in waiting], started_s)
         for turn in turns:
             if len(turn.draft):
                 self._emit(turn.row, "draft", tokens=turn.draft.tokens, parents=turn.draft.parents)
@@ -201,15 +202,16 @@ class AutoregressiveLoop:
             if turn.row.measured and len(turn.draft):
                 self.budget.book(drafter).acceptance.watch(turn.row.id, len(turn.row.tokens), turn.draft)
 
-    def _keep(self, turns: Sequence[Turn], asked: Sequence[Turn]) -> None:
-        """Cut the drafts of measured rows to the nodes that pay here."""
+    def _keep(self, turns: Sequence[Turn], asked: Sequence[Turn], started_s: float) -> None:
+        """Cut the drafts of measured rows, asked of their drafters since `started_s`, to the nodes that pay here."""
         measured = [turn for turn in asked if turn.row.measured and len(turn.draft)]
         if not measured:
             return
         others = sum(turn.count - 1 + len(turn.draft) for turn in turns) - sum(len(turn.draft) for turn in measured)
         others += sum(self._worth(turn.pseudo, 1) for turn in turns)
         drafts = [(turn.row.id, cast(Drafter, turn.row.drafter), turn.draft) for turn in measured]
-        for turn, draft in zip(measured, self.budget.keep(len(turns), others, drafts), strict=True):
+        drafted_s = self.trace.now() - started_s
+        for turn, draft in zip(measured, self.budget.keep(len(turns), others, drafts, drafted_s), strict=True):
             turn.draft = draft
 
     @staticmethod
