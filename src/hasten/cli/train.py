@@ -9,7 +9,8 @@ import typer
 
 from hasten.cli._shared import as_json, open_model, progress_bar
 
-_FOR_MINIS = {"recipe", "steps", "minutes", "tokens", "seed", "start", "out", "work", "no_measure", "threads", "json"}
+_FOR_MINIS = {"recipe", "steps", "minutes", "tokens", "seed", "form", "start", "out", "work", "no_measure", "threads",
+              "json"}  # fmt: skip
 _FOR_DPARALLEL = {"recipe", "model", "texts", "steps", "tokens", "seed", "out", "work", "threads", "json"}
 _FOR_DRAFTERS = {"recipe", "model", "texts", "answer", "steps", "tokens", "vocab", "loss", "seed", "out", "work", "dtype",
                  "threads", "json"}  # fmt: skip
@@ -42,6 +43,7 @@ def train(
     vocab: Annotated[int, typer.Option(help="Drafters: most frequent tokens that are drafted.")] = 8192,
     loss: Annotated[str, typer.Option(help="Loss that aligns tvdpp: tvdpp, tvd, kld, mixed or none.")] = "tvdpp",
     seed: Annotated[int, typer.Option(help="Seed of prompts, answers and weights.")] = 0,
+    form: Annotated[str, typer.Option(help="Loss of mini-dlm: count, linear, uniform, mgdm or complementary.")] = "count",
     start: Annotated[Path | None, typer.Option(help="mini-dlm, mini-bdlm: folder of the mini-ar it begins with.")] = None,
     out: Annotated[Path | None, typer.Option(help="File or directory to write (default: in the cache).")] = None,
     work: Annotated[Path | None, typer.Option(help="Folder for what lets a cut run go on (default: the cache).")] = None,
@@ -70,7 +72,7 @@ def train(
         own: dict[str, Any] = {name: value for name, value in (("steps", steps), ("tokens", tokens)) if name in given}
         if no_measure:
             own["counts"] = {}
-        _mini(recipe, threads, json, minutes=minutes, seed=seed, start=start, out=out, work=work, **own)
+        _mini(recipe, threads, json, minutes=minutes, seed=seed, form=form, start=start, out=out, work=work, **own)
         return
     if model is None:
         raise ConfigError(f"recipe {recipe!r} needs a model", hint=f"hasten train {recipe} MODEL", field="model")

@@ -16,6 +16,7 @@ from hasten.models.tokenizer import read_json
 from hasten.train import assess
 from hasten.train.mixture import GROUP, USUAL, Mixture
 from hasten.train.network import Network, Shape
+from hasten.train.objectives import Form
 from hasten.train.pretrain import Config, Run
 from hasten.train.released import export, model_type, read
 
@@ -73,6 +74,7 @@ def pretrain(
     minutes: float | None = None,
     tokens: int = 5120,
     seed: int = 0,
+    form: Form = "count",
     start: Path | None = None,
     out: Path | None = None,
     work: Path | None = None,
@@ -82,9 +84,9 @@ def pretrain(
     """Train the recipe `name`, measure it on test samples and write it to `out`; facts about it, which are its card.
 
     It runs for `steps` steps of about `tokens` tokens or for about `minutes`, whose speed is measured first. What a cut run
-    goes on from lies in `work`. `start`: a directory to take first weights from where the recipe does. `counts`: how many
-    samples per canvas are measured. Raises UnknownNameError, ConfigError, FormatError, and IncompatibleError for a `start`
-    of another layout.
+    goes on from lies in `work`. `form` is that of the loss, as in `Config`. `start`: a directory to take first weights from
+    where the recipe does. `counts`: how many samples per canvas are measured. Raises UnknownNameError, ConfigError,
+    FormatError, and IncompatibleError for a `start` of another layout or a `form` that the recipe's network has not.
     """
     if name not in MINIS:
         raise unknown_name("recipe", name, MINIS)
@@ -99,8 +101,8 @@ def pretrain(
     mixture = Mixture(tokens=tokens, seed=seed, canvases=recipe.canvases)
     first = _first(recipe, start)
     if minutes is not None:
-        steps = _planned(recipe, minutes, mixture, work / "plan.json")
-    config = Config(steps=steps or recipe.steps, lr=recipe.lr, seed=seed, every=250, opening=recipe.opening)
+        steps = _planned(recipe, minutes, mixture, form, work / "plan.json")
+    config = Config(steps or recipe.steps, recipe.lr, seed=seed, every=250, opening=recipe.opening, form=form)
     run = Run(recipe.shape, config, mixture)
     if first is not None:
         run.start_from(dict(first.state_dict()))
@@ -182,13 +184,13 @@ def _first(recipe: Mini, start: Path | None) -> Network | None:
     return network
 
 
-def _planned(recipe: Mini, minutes: float, mixture: Mixture, path: Path) -> int:
+def _planned(recipe: Mini, minutes: float, mixture: Mixture, form: Form, path: Path) -> int:
     """The steps that fit into `minutes` here; measured once per run, so that a cut run goes on with the same plan."""
-    facts = {"minutes": minutes, "tokens": mixture.tokens, "seed": mixture.seed}
+    facts = {"minutes": minutes, "tokens": mixture.tokens, "seed": mixture.seed, "form": form}
     kept = read_json(path)
     if {key: kept.get(key) for key in facts} == facts and isinstance(kept.get("steps"), int):
         return int(kept["steps"])
-    trial = Run(recipe.shape, Config(steps=10 * GROUP, lr=recipe.lr), mixture)
+    trial = Run(recipe.shape, Config(steps=10 * GROUP, lr=recipe.lr, form=form), mixture)
     trial.fit(until=1)  # what is done once does not count
     started = trial.seconds
     trial.fit(until=GROUP)

@@ -3,24 +3,29 @@
 A sample is a prompt, never masked, and an answer window of A tokens. The count form draws k uniform in 1..A, masks a random
 k-subset S of the window and takes the mean cross-entropy over S: its expectation is the negative evidence lower bound per
 answer token, and no weight is above one. The linear form (LLaDA's) masks every token with probability t and divides by t.
+The other forms bound nothing: `uniform` has no weights, MGDM's (2410.14157) counts hard tokens and low levels of noise
+more, the complementary one (LaViDa, 2505.16839) shows every row twice, so that each token of a window is learnt from once.
+Other processes and their bounds are in `bounds`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hasten.errors import out_of_range
+from hasten.errors import out_of_range, unknown_name
 from hasten.train import alphabet
 from hasten.train.mixture import Batch
 from hasten.train.network import Network, block_causal
 
-Form = Literal["count", "linear", "uniform"]
+Form = Literal["count", "linear", "uniform", "mgdm", "complementary"]
+FORMS: tuple[Form, ...] = get_args(Form)
 FLOOR = 1e-3  # the least masking probability of the linear form
+LEVELS = 20  # shares of masked tokens that MGDM knows: 1/20, 2/20, ..., 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +94,48 @@ def mask_linear(answer: Tensor, generator: torch.Generator) -> tuple[Tensor, Ten
     return masked, (1 / t).expand(answer.shape)
 
 
+def mask_levels(answer: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(masked, weights) of MGDM: a level k uniform in 1..20 per row, every token masked by k / 20; it counts 21 - k."""
+    k = torch.randint(1, LEVELS + 1, (len(answer), 1), generator=generator)
+    masked = answer & (torch.rand(answer.shape, generator=generator) < k / LEVELS)
+    return masked, (LEVELS + 1.0 - k).expand(answer.shape)
+
+
+def paired(batch: Batch, masked: Tensor) -> tuple[Batch, Tensor]:
+    """(the batch twice, what is masked) [2B, T]: first `masked`, then the rest of every window; each token of it once.
+
+    Raises ConfigError for masked tokens outside the windows.
+    """
+    if bool((masked & ~batch.answer).any()):
+        raise out_of_range("masked", int((masked & ~batch.answer).sum()), "0 tokens outside the windows of answers")
+    twice = Batch(*(torch.cat((one, one)) for one in (batch.ids, batch.answer, batch.known, batch.weights)))
+    return twice, torch.cat((masked, batch.answer & ~masked))
+
+
+def draw(batch: Batch, form: Form, generator: torch.Generator, masking: Masking = PLAIN) -> tuple[Batch, Tensor, Tensor]:
+    """(batch, masked, weights) for `loss` in a form; only the count form has the states of a `masking`.
+
+    Raises UnknownNameError for another form.
+    """
+    if form == "count":
+        return batch, *mask_samples(batch.answer, generator, masking)
+    if form == "mgdm":
+        return batch, *mask_levels(batch.answer, generator)
+    masked, weights = mask_linear(batch.answer, generator)
+    if form == "linear":
+        return batch, masked, weights
+    if form not in FORMS:
+        raise unknown_name("form", form, FORMS)
+    if form == "complementary":
+        batch, masked = paired(batch, masked)
+    return batch, masked, torch.ones(masked.shape)
+
+
+def focal(each: Tensor, scale: float = 0.25, power: float = 1.0) -> Tensor:
+    """Token losses u reweighted as MGDM does, scale (1 - e^-u)^power u: tokens that are known well count little."""
+    return scale * (-torch.expm1(-each)) ** power * each
+
+
 def opened(rows: int, length: int, share: float, generator: torch.Generator) -> Tensor:
     """What queries see [rows, length, length]: all places before them, and `share` of those behind, drawn one by one.
 
@@ -104,7 +151,8 @@ def loss(
     """The loss of a diffusion network on a batch whose `masked` tokens are hidden from it; `seen` as in `opened`.
 
     count: mean over the masked of each row, then over rows. linear: weighted sum over the length of the window, then the
-    mean over rows. uniform: mean over all masked tokens of the batch.
+    mean over rows. uniform, complementary: mean over all masked tokens of the batch. mgdm: `focal` losses times the
+    weights, over the number of masked tokens. Raises UnknownNameError for another form.
     """
     states = network(batch.ids.masked_fill(masked, alphabet.MASK), batch.known, seen)
     return reduce(network, states, batch, masked, weights, form)
@@ -115,14 +163,16 @@ def reduce(network: Network, states: Tensor, batch: Batch, masked: Tensor, weigh
     places = masked.nonzero()[:, 0]
     each = F.cross_entropy(network.logits(states[masked]), batch.ids[masked], reduction="none")
     weight = (weights * batch.weights)[masked]
-    if form == "uniform":
+    if form in ("uniform", "complementary"):
         return (each * weight).sum() / weight.sum().clamp(min=1e-9)
+    if form == "mgdm":
+        return (focal(each) * weight).sum() / batch.weights[masked].sum().clamp(min=1e-9)
     rows = len(batch.ids)
-    total = torch.zeros(rows).index_add(0, places, each * weight)
+    total = each.new_zeros(rows).index_add(0, places, each * weight)
     if form == "linear":
         return (total / batch.answer.sum(1)).mean()
     if form != "count":
-        raise out_of_range("form", form, "count, linear or uniform")
+        raise unknown_name("form", form, FORMS)
     return (total / torch.zeros(rows).index_add(0, places, weight).clamp(min=1e-9)).mean()
 
 
@@ -155,11 +205,20 @@ def mask_blocks(batch: Batch, block: int, generator: torch.Generator) -> Tensor:
 
 
 def block_loss(network: Network, batch: Batch, masked: Tensor) -> Tensor:
-    """The loss of a block-causal network, all blocks at once: the noisy row beside the clean one, as BD3-LM trains.
+    """The loss of a block-causal network: the mean over all blocks of the count form in each (BD3-LM, 2503.09573).
 
-    A noisy block sees itself and the clean blocks before it; the clean half is block-causal. With `shift` the first token
-    of a block is read from the clean half: when a block is written, the one before it is finished. The mean over blocks of
-    the count form inside each; a block of nothing but end tokens counts less.
+    A block of nothing but end tokens counts less.
+    """
+    mean, most = block_means(network, batch, masked)
+    return (mean * most).sum() / most.sum().clamp(min=1e-9)
+
+
+def block_means(network: Network, batch: Batch, masked: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean loss of the masked tokens, weight of the weightiest), [B, blocks]; 0 for a block without masked tokens.
+
+    All blocks at once, the noisy row beside the clean one. A noisy block sees itself and the clean blocks before it; the
+    clean half is block-causal. With `shift` the first token of a block is read from the clean half: when a block is
+    written, the one before it is finished.
     """
     rows, length = batch.ids.shape
     block = network.shape.block
@@ -179,11 +238,9 @@ def block_loss(network: Network, batch: Batch, masked: Tensor) -> Tensor:
     at = masked.nonzero()
     blocks = int(of[-1]) + 1
     cell, weight = at[:, 0] * blocks + of[at[:, 1]], batch.weights[masked]
-    total, counted = (torch.zeros(rows * blocks).index_add(0, cell, one) for one in (each * weight, weight))
-    filled = torch.zeros(rows * blocks).index_fill(0, cell, 1.0)
-    mean = total / counted.clamp(min=1e-9)
-    ends = torch.zeros(rows * blocks).scatter_reduce(0, cell, weight, "amax")  # a block of end tokens alone counts less
-    return (mean * ends).sum() / (ends * filled).sum().clamp(min=1e-9)
+    total, counted = (one.new_zeros(rows * blocks).index_add(0, cell, one) for one in (each * weight, weight))
+    most = torch.zeros(rows * blocks).scatter_reduce(0, cell, weight, "amax")
+    return (total / counted.clamp(min=1e-9)).view(rows, blocks), most.view(rows, blocks)
 
 
 @torch.no_grad()

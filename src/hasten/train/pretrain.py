@@ -14,12 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hasten.errors import ConfigError, HastenError, UnsupportedError, out_of_range
+from hasten.errors import ConfigError, HastenError, IncompatibleError, UnsupportedError, out_of_range, unknown_name
 from hasten.train.alphabet import PAD
 from hasten.train.loop import Pace, schedule
 from hasten.train.mixture import Batch, Mixture, batch
 from hasten.train.network import Layer, Network, Norm, Shape
-from hasten.train.objectives import Masking, block_loss, causal_loss, loss, mask_blocks, mask_samples, opened
+from hasten.train.objectives import FORMS, PLAIN, Form, Masking, block_loss, causal_loss, draw, loss, mask_blocks, opened
 
 Report = Callable[[int, float], None]
 
@@ -30,7 +30,8 @@ class Config:
 
     `average` is the decay of the averaged weights, which are those that are kept; `every` steps a checkpoint is written.
     `bfloat16` computes matrices in it; weights and norms stay float32. `opening` is the share of the run in which the
-    places behind a query come into its sight, for a diffusion network that begins as a left-to-right one.
+    places behind a query come into its sight, for a diffusion network that begins as a left-to-right one. `form` is that of
+    the loss of a diffusion network without blocks.
     """
 
     steps: int
@@ -43,6 +44,7 @@ class Config:
     seed: int = 0
     bfloat16: bool = True
     opening: float = 0.0
+    form: Form = "count"
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -51,18 +53,25 @@ class Config:
             raise out_of_range("lr", self.lr, "positive")
         if not 0 <= self.opening <= 1:
             raise out_of_range("opening", self.opening, "in [0, 1]")
+        if self.form not in FORMS:
+            raise unknown_name("form", self.form, FORMS)
 
 
 class Run:
     """One training: the network, its averaged weights, optimisers, and how far it has come.
 
-    Batch, masks and rate depend on the step alone.
+    Batch, masks and rate depend on the step alone. Raises IncompatibleError for a form that goes with no such network or
+    masking.
     """
 
     def __init__(self, shape: Shape, config: Config, mixture: Mixture, masking: Masking | None = None) -> None:
         if not hasattr(torch.optim, "Muon"):
             raise UnsupportedError(f"pretraining needs torch 2.9 or later; this is {torch.__version__}", field="torch")
-        self.config, self.mixture, self.masking = config, mixture, masking or Masking()
+        form, usual = config.form, Masking() if config.form == "count" else PLAIN
+        self.config, self.mixture, self.masking = config, mixture, masking or usual
+        if form != "count" and (shape.kind != "full" or self.masking != PLAIN):
+            other = f"a network of kind {shape.kind!r}" if shape.kind != "full" else "a masking of its own"
+            raise IncompatibleError(f"form {form!r} does not go with {other}", hint="leave form at 'count'", field="form")
         self.network = Network(shape, config.seed)
         self.averaged = Network(shape, config.seed)
         named = list(self.network.named_parameters())
@@ -106,7 +115,7 @@ class Run:
             for group in optimiser.param_groups:
                 group["lr"] = c.lr * schedule(self.step, Pace(c.steps, c.lr, c.warmup, c.clip))
         with torch.autocast("cpu", torch.bfloat16, enabled=c.bfloat16):
-            value = objective(self.network, given, generator, self.masking, self.open)
+            value = objective(self.network, given, generator, self.masking, self.open, c.form)
         self.step += 1
         self.seen += int(given.known.sum())
         self.answered += int(given.answer.sum())
@@ -173,8 +182,15 @@ class Run:
                 yield i, p, optimiser.state.get(weight, {})
 
 
-def objective(network: Network, given: Batch, generator: torch.Generator, masking: Masking, share: float = 1.0) -> Tensor:
-    """The loss that belongs to a network's kind: masked diffusion, left to right, or block by block.
+def objective(
+    network: Network,
+    given: Batch,
+    generator: torch.Generator,
+    masking: Masking,
+    share: float = 1.0,
+    form: Form = "count",
+) -> Tensor:
+    """The loss that belongs to a network's kind: masked diffusion in a `form`, left to right, or block by block.
 
     A query of masked diffusion sees `share` of the places behind it.
     """
@@ -183,10 +199,10 @@ def objective(network: Network, given: Batch, generator: torch.Generator, maskin
         return causal_loss(network, given)
     if kind == "block":
         return block_loss(network, given, mask_blocks(given, network.shape.block, generator))
-    masked, weights = mask_samples(given.answer, generator, masking)
+    given, masked, weights = draw(given, form, generator, masking)
     rows, length = given.ids.shape
     seen = opened(rows, length, share, generator) if share < 1 else None
-    return loss(network, given, masked, weights, seen=seen)
+    return loss(network, given, masked, weights, form, seen)
 
 
 @torch.no_grad()
