@@ -1,8 +1,9 @@
 """The parts of a canvas request and the policy they make: contracts, what is refused, and the order of one step.
 
-One step of a row: raw logits -> logit stages -> candidates and their scores -> score stages -> stop rules that fill ->
-selectors (united) -> commit -> reviser -> stop rules that cut -> the next block's plan. A part is a pure function of
-what it is given: its `history` is returned, never changed, so that drafted steps, batching and preemption can fork it.
+One step of a row: raw logits (guided, with a guide) -> logit stages -> candidates and their scores -> score stages -> stop
+rules that fill -> selectors (united) -> commit -> reviser -> stop rules that cut -> the next block's plan. A part is a pure
+function of what it is given: its `history` is returned, never changed, so that drafted steps, batching and preemption can
+fork it.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class Scorer(CanvasPart, Protocol):
 
 
 class LogitStage(CanvasPart, Protocol):
-    """Changes logits before candidates are drawn (guidance, grammar, credit)."""
+    """Changes logits before candidates are drawn (grammar, credit)."""
 
     def apply(self, history: Any, view: View, row: CanvasRow) -> tuple[Any, Tensor]:
         """(history', logits' [P, vocab])."""
@@ -151,6 +152,16 @@ class CachePolicy(CanvasPart, Protocol):
         """Positions whose keys stay valid after that forward."""
 
 
+class Guide(CanvasPart, Protocol):
+    """Steers by a second forward in the same pass: that of a companion of every state, over the same positions."""
+
+    def companion(self, row: CanvasRow) -> CanvasRow:
+        """The state to compute beside `row`: other tokens in the same places."""
+
+    def join(self, seen: Forward, other: Forward) -> Forward:
+        """The forward that all parts see, out of that of a state and that of its companion."""
+
+
 @dataclass(frozen=True)
 class Policy:
     """What one method brings to a canvas, or several joined; `over` completes it with a baseline's parts.
@@ -168,6 +179,7 @@ class Policy:
     reviser: Reviser | None = None
     stops: tuple[StopRule, ...] = ()
     cache: CachePolicy | None = None
+    guide: Guide | None = None
     pins: Mapping[int, int] = field(default_factory=dict)
 
     @cached_property
@@ -194,6 +206,22 @@ class Policy:
     def final(self) -> bool:
         """Whether committed text stays."""
         return not any(part.mutates_committed for part in self.parts)
+
+    @property
+    def sides(self) -> int:
+        """Forwards of one state: 2 with a guide, else 1."""
+        return 1 if self.guide is None else 2
+
+    def states(self, branches: Sequence[CanvasRow]) -> Sequence[CanvasRow]:
+        """What a pass computes for `branches`: the states themselves, then with a guide their companions."""
+        return branches if self.guide is None else [*branches, *map(self.guide.companion, branches)]
+
+    def joined(self, forwards: Sequence[Forward]) -> Sequence[Forward]:
+        """The forwards of the branches, out of those of all `states`, in their order."""
+        if self.guide is None:
+            return forwards
+        half = len(forwards) // 2
+        return [self.guide.join(*pair) for pair in zip(forwards[:half], forwards[half:], strict=True)]
 
     def join(self, other: Policy) -> Policy:
         """Both as one; raises IncompatibleError naming two parts that claim one place."""
@@ -232,6 +260,8 @@ class Policy:
                     hint="leave it out, or load a model with full attention",
                     field="method",
                 )
+        if self.guide is not None and self.cache is not None and self.cache.stores:
+            raise _refusal(self.guide, self.cache, "the keys that are kept are not those of its second forward")
         if verifier is not None and self.cache is not None and getattr(self.cache, "periodic", False):
             raise _refusal(
                 verifier, self.cache, "refreshing inside a block would happen at other steps than without drafts"

@@ -299,7 +299,8 @@ class Event:
         queue: the request was added (`position` = requests that wait before it, `total` = rows that run).
         prefill: prompt positions were read (`position` = how many are in the cache, `total` = prompt length,
         `cached_tokens` = how many of them were kept from an earlier request).
-        forward: one target pass of this row (`total` = its query tokens, `backbone` = what ran it: native or torch).
+        forward: one target pass of this row (`total` = its query tokens, `backbone` = what ran it: native or torch); of a
+        guided canvas two that run as one.
         draft: nodes proposed (`tokens`, `parents`). accept: the drafted tokens kept (`tokens`).
         propose: a provisional canvas token (`position`, `token`, `confidence`); may still change.
         commit: a final token (`position`, `token`, `confidence` = its probability, `text` = new whole characters).

@@ -78,10 +78,11 @@ def _branch_mask(low: int, high: int, length: int, count: int, block: int | None
 
 @dataclass(slots=True)
 class _Turn:
-    """One canvas's part of a pass: the states it computes, and over which queries."""
+    """One canvas's part of a pass: its `branches`, the states computed for them, and over which queries."""
 
     canvas: Canvas
     branches: Sequence[CanvasRow]
+    states: Sequence[CanvasRow]
     refresh: bool
     low: int
     high: int
@@ -90,7 +91,7 @@ class _Turn:
     @property
     def size(self) -> int:
         """Query tokens it adds to the pass."""
-        return (self.high - self.low) * len(self.branches)
+        return (self.high - self.low) * len(self.states)
 
 
 class CanvasLoop:
@@ -154,12 +155,13 @@ class CanvasLoop:
         canvas = turn.canvas
         canvas.computed += turn.size
         canvas.paid += turn.size
-        canvas.forwards += 1
-        self._emit(canvas, "forward", total=turn.size, backbone=self.backbone.name)
+        for _ in range(sides := canvas.policy.sides):
+            canvas.forwards += 1
+            self._emit(canvas, "forward", total=turn.size // sides, backbone=self.backbone.name)
         forwards, rows = self._forwards(turn, done, at)
         self._kept(turn)
         if bool(finite[rows].all()):
-            self._settle(canvas, turn.branches, forwards)
+            self._settle(canvas, turn.branches, canvas.policy.joined(forwards))
             fresh = 0 if turn.refresh else canvas.state.fresh + 1
             canvas.state = replace(canvas.state, fresh=fresh, stored=canvas.cache.length)
         else:
@@ -189,7 +191,8 @@ class CanvasLoop:
                 wanted |= state.masked
             wanted[: queries[0] + (caps.logit_shift if queries[0] else 0)] = False
             wanted[queries[1] :] = False
-            return _Turn(canvas, branches, refresh, queries[0], queries[1], wanted.nonzero()[:, 0])
+            states = policy.states(branches)
+            return _Turn(canvas, branches, states, refresh, queries[0], queries[1], wanted.nonzero()[:, 0])
         return None
 
     def _next_block(self, canvas: Canvas) -> bool:
@@ -216,15 +219,15 @@ class CanvasLoop:
         canvas, low, high = turn.canvas, turn.low, turn.high
         shift = self.backbone.capabilities.logit_shift
         index = ((turn.positions - shift).clamp(min=low) - low).tolist()
-        span, count = torch.arange(low, high), len(turn.branches)
+        span, count = torch.arange(low, high), len(turn.states)
         canvas.cache.truncate(min(canvas.cache.length, canvas.state.end))  # nothing sees what a cut took away
         if not canvas.policy.cache.stores:
-            return [RowInput(one.tokens[low:high], span, None, self._visibility, tuple(index)) for one in turn.branches]
+            return [RowInput(one.tokens[low:high], span, None, self._visibility, tuple(index)) for one in turn.states]
         if count == 1:
-            one, cache = turn.branches[0], canvas.cache
+            one, cache = turn.states[0], canvas.cache
             tokens = one.tokens[low:high]
             return [RowInput(tokens, span, cache, self._visibility, tuple(index), low, before=one.before)]
-        tokens = torch.cat([one.tokens[low:high] for one in turn.branches])
+        tokens = torch.cat([one.tokens[low:high] for one in turn.states])
         wanted = tuple(i + k * (high - low) for k in range(count) for i in index)
         length = canvas.cache.length
         seen = Explicit(_branch_mask(low, high, length, count, self.backbone.capabilities.block))
@@ -232,7 +235,7 @@ class CanvasLoop:
 
     def _forwards(self, turn: _Turn, done: Pass, at: int) -> tuple[list[Forward], slice]:
         """What the pass computed for each state of a turn whose rows start at `at`, and its logit rows."""
-        count, size = len(turn.branches), len(turn.positions)
+        count, size = len(turn.states), len(turn.positions) + 0
         first, large = done.logit_starts[at], self.backbone.capabilities.vocab_size >= _LARGE
         out = []
         for i in range(count):

@@ -231,9 +231,10 @@ class Engine:
         first = policy.open(request, caps)
         size, open_ = len(first.tokens) - first.prompt_len, int(first.masked.sum())
         steps = min(first.planned, open_) if policy.final else first.planned  # each of them commits a token at least
-        if sampling.n * size * steps > LIMITS.canvas_steps:
+        times = sampling.n * policy.sides
+        if times * size * steps > LIMITS.canvas_steps:
             raise ConfigError(
-                f"a canvas of {size} tokens in {steps} steps, {sampling.n} times, costs {sampling.n * size * steps}; "
+                f"a canvas of {size} tokens in {steps} steps, {times} times, costs {times * size * steps}; "
                 f"limits.canvas_steps allows {LIMITS.canvas_steps}",
                 hint="lower max_tokens or n, or ask for fewer steps",
                 field="max_tokens",
@@ -254,10 +255,10 @@ class Engine:
 
         most = policy.stepper.most if policy.stepper.most > 1 else 0  # drafted states lie side by side behind the canvas
         slots = len(first.tokens) + most * (len(first.tokens) - first.window[0] + caps.logit_shift)
-        queries = sampling.n * len(first.tokens) * max(1, most)
+        queries = times * len(first.tokens) * max(1, most)
         slots = slots if policy.cache.stores else 1
         ticket = Ticket(request_id, request, slots, start, seed, added_s, parts.method)
-        return ticket, self._bytes(ticket, queries, sampling.n * size * max(1, most))
+        return ticket, self._bytes(ticket, queries, times * size * max(1, most))
 
     def _bytes(self, ticket: Ticket, queries: int, shown: int) -> int:
         """Bytes of a request whose part of a pass has so many query tokens, with logits for `shown` of them."""
