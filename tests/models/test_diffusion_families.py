@@ -62,7 +62,8 @@ def test_logits_are_those_of_the_plain_computation(name, tmp_path):
     visibility, block = sight(name)
     want = diffusion.plain(config, weights, tokens, None if block is None else diffusion.blocks(37, block))
     assert want.std() > (0.01 if config.get("scale_logits") else 0.1)  # a comparison of zeros would prove nothing
-    bound = 1e-5 if config["model_type"] in ("llada", "Dream") else 1e-4
+    # 1e-5 of the largest logit, where it has to be 1e-4: processors differ in the order in which their kernels add
+    bound = min(1e-4, 1e-5 * float(want.abs().max())) if config["model_type"] in ("llada", "Dream") else 1e-4
     assert (done.model(tokens[None])[0] - want).abs().max() <= bound  # sees by itself what the family sees
     for module in done.model.modules():
         if isinstance(module, Linear):
