@@ -235,7 +235,7 @@ class CanvasLoop:
 
     def _forwards(self, turn: _Turn, done: Pass, at: int) -> tuple[list[Forward], slice]:
         """What the pass computed for each state of a turn whose rows start at `at`, and its logit rows."""
-        count, size = len(turn.states), len(turn.positions) + 0
+        count, size = len(turn.states), len(turn.positions)
         first, large = done.logit_starts[at], self.backbone.capabilities.vocab_size >= _LARGE
         out = []
         for i in range(count):
