@@ -18,6 +18,7 @@ from hasten.combine import combine
 from hasten.engine.contracts import MethodContext, RowInput
 from hasten.engine.engine import Engine, Parts
 from hasten.engine.masks import FULL, BlockCausal
+from hasten.engine.parts import Forward
 from hasten.errors import ConfigError, IncompatibleError
 from hasten.models.load import load
 from hasten.policy import Policy
@@ -175,6 +176,17 @@ def test_every_part_sees_the_logits_of_the_formula(kind, scale, tmp_path):
         assert float((with_prompt - without).abs().max()) > 0.1
     assert len(spy.seen) == 9
     assert bool(spy.planned) == (size is None)
+
+
+def test_the_arg_max_of_the_unguided_logits_is_not_taken_over():
+    """Backbones of large vocabularies hand it along; guidance may move it."""
+    guide, at = Guidance(Config(scale=1.0), MethodContext("tiny", MODELS["full"])), torch.arange(1)
+    one = torch.zeros(1, 97).index_fill(1, torch.tensor([3]), 1.0)
+    other = torch.zeros(1, 97).index_fill(1, torch.tensor([3]), 3.0)  # where the prompt makes it less likely
+    joined = guide.join(Forward(one, at, torch.tensor([3])), Forward(other, at, torch.tensor([3])))
+    assert joined.best is None
+    assert float(joined.logits[0, 3]) == 3 + 2 * (1 - 3)
+    assert int(joined.logits.argmax()) != 3
 
 
 # --- beside other parts ---
