@@ -309,12 +309,14 @@ class _Book:
         self.acceptance = Acceptance()
         self.cost = PassCost()
         self.skipped, self.patience = 0, 8
-        self.useless, self.credit = (
-            0,
-            _CREDIT,
-        )  # passes in a row that it did not pay in; plain passes of time that it gained
-        self.pause, self.nap = 0, _REST  # its rest, and the next one's
+        self.useless = 0  # passes in a row that it did not pay in, for a row alone
+        self.credit = _CREDIT  # plain passes of time that it gained, for several rows
+        self.pause, self.nap = 0, _REST  # its rest in passes, and the next one's
         self.blind, self.rest = 0, 8  # passes without its placeholders, and how many there are to be
+
+    def tire(self, longest: int) -> None:
+        """It rests from now on, and the next time for twice as long; no rest is longer than `longest`."""
+        self.pause, self.nap = min(self.nap, longest), min(2 * self.nap, longest)
 
 
 class Budget:
@@ -347,7 +349,8 @@ class Budget:
         drafting = book.cost(rows, rows + sum(caps))
         if drafter.draws == "point" and (drafting <= CHEAP * plain or getattr(drafter, "weighed", False)):
             if book.useless >= _USELESS:
-                book.useless, book.pause, book.nap = _USELESS // 2, min(book.nap, _LONGEST), min(2 * book.nap, _LONGEST)
+                book.useless = _USELESS // 2
+                book.tire(_LONGEST)
             if book.pause:
                 book.pause -= 1
                 return [0] * rows
@@ -385,7 +388,7 @@ class Budget:
         book.blind, book.rest = 0, min(2 * book.rest, 128)  # times change: look again, ever more rarely
         return True
 
-    def settle(self, drafters: Iterable[Drafter | None], rows: int, tokens: int, drafted_s: float, seconds: float) -> None:
+    def settle(self, drafters: Iterable[Drafter], rows: int, tokens: int, drafted_s: float, seconds: float) -> None:
         """A pass of several rows committed `tokens` in so many seconds, after `drafted_s` of drafting by these drafters.
 
         What plain passes take for as many tokens is what they have earned: measured, not foretold, since over several rows
@@ -396,12 +399,13 @@ class Budget:
         if rows == 1 or not plain or (drafted_s <= _FREE * plain and tokens == rows and seconds <= (1 + _FREE) * plain):
             return
         gain = tokens / rows - (drafted_s + seconds) / plain
-        for book in (self.book(drafter) for drafter in drafters if drafter is not None):
+        for book in map(self.book, drafters):
             book.credit = min(_PROVEN, book.credit + gain)
             if book.credit >= _PROVEN:
                 book.nap = _REST
             elif book.credit < 0:
-                book.credit, book.pause, book.nap = _CREDIT / 2, book.nap, min(2 * book.nap, _LONGEST_TOGETHER)
+                book.credit = _CREDIT / 2
+                book.tire(_LONGEST_TOGETHER)
 
     def keep(
         self, rows: int, fixed: int, drafts: Sequence[tuple[int, Drafter, AnyDraft]], drafted_s: float = 0.0

@@ -102,7 +102,7 @@ class AutoregressiveLoop:
         if rows == len(turns):
             self.budget.cost.record(rows, size, seconds)
             if all(turn.asked or not len(turn.draft) for turn in turns):
-                asked = {id(turn.row.drafter): turn.row.drafter for turn in turns if turn.asked}
+                asked = {id(one): one for turn in turns if turn.asked and (one := turn.row.drafter) is not None}
                 self.budget.settle(asked.values(), rows, rows + sum(turn.taken for turn in turns), drafted_s, seconds)
         else:
             alone = self.budget.cost(rows, size) or self.budget.plain(rows)
