@@ -12,9 +12,11 @@ from drafters import Clock, Oracle, RandomTree, Stub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hasten.budget import GRID, Acceptance, Budget, PassCost, deepest_first, paths, select
+from hasten.budget import GRID, Acceptance, Budget, deepest_first, paths, select
 from hasten.engine.contracts import Draft
 from hasten.engine.engine import PLAIN, Parts
+from hasten.errors import ConfigError
+from hasten.pass_cost import PassCost
 from hasten.types import Request, SamplingParams
 
 
@@ -26,23 +28,64 @@ def taught(cost: Callable[[int], float], sizes: tuple[int, ...] = GRID, rows: in
     return passes
 
 
-def test_pass_cost_takes_the_fastest_recent_time_and_interpolates():
+def test_pass_cost_takes_the_median_of_recent_times_and_interpolates():
     passes = PassCost()
     assert passes(1, 1) == 0.0
     passes.record(1, 1, 9.0)
     assert passes(1, 1) == pytest.approx(7.2)  # the first one may be set-up
     for seconds in (2.0, 1.0, 3.0):
         passes.record(1, 1, seconds)
-    assert passes(1, 1) == 1.0
-    assert 1.0 < passes(1, 9) < 1.2  # not tried yet: thought cheap, so that it is tried
-    for seconds in (4.0, 5.0, 6.0):
+    assert passes(1, 1) == passes.typical(1) == 2.0
+    assert 2.0 < passes(1, 9) < 2.4  # not tried yet: thought cheap, so that it is tried
+    for seconds in (10.0, 6.0, 40.0, 8.0):  # the first one may be set-up
         passes.record(1, 9, seconds)
-    assert passes(1, 9) == 5.0
-    assert passes(1, 5) == pytest.approx(3.0)
+    assert passes(1, 9) == 8.0
+    assert passes(1, 5) == pytest.approx(5.0)
+    assert passes(1, 17) == pytest.approx(8.0 + 8 * 0.75)  # beyond what is known it goes on as it went so far
     assert passes(2, 2) == 0.0  # two rows are another kind of pass
     for _ in range(20):
+        passes.record(1, 1, 1.0)
+    assert passes(1, 1) == 1.0  # old times go
+
+
+@given(st.lists(st.floats(0.5, 3.0), min_size=12, max_size=60), st.integers(0, 1000))
+def test_a_slow_moment_of_the_machine_tells_sizes_nothing(paces, seed):
+    """Passes of 4 tokens take twice a plain one, at whatever speed the machine runs when they are seen."""
+    rng, passes = random.Random(seed), PassCost()
+    for pace in paces:
+        for _ in range(7):  # as many as are remembered
+            passes.record(1, 1, pace)
+        if rng.random() < 0.5:
+            passes.record(1, 4, 2 * pace)
+            passes.record(1, 4, 2 * pace)
+    if 4 in passes.table():
+        assert passes(1, 4) == pytest.approx(2 * paces[-1])
+
+
+def test_sizes_seen_before_any_plain_pass_are_restated_in_its_terms():
+    passes = PassCost()
+    for _ in range(2):
+        passes.record(1, 3, 6.0)
+    assert passes(1, 3) == 6.0
+    for _ in range(2):
+        passes.record(1, 1, 4.0)
+    assert passes(1, 3) == pytest.approx(6.0 * 4.0 / 3.2)  # the first plain pass may be set-up
+    for _ in range(7):
+        passes.record(1, 3, 6.0)
+    assert passes(1, 3) == pytest.approx(6.0)
+
+
+def test_what_was_foretold_comes_back_when_a_size_is_forgotten():
+    passes = PassCost()
+    passes.expect(1, {1: 1.0, 5: 3.0})
+    for _ in range(3):
+        passes.record(1, 5, 100.0)
+    assert passes(1, 5) == 100.0
+    for _ in range(400):
         passes.record(1, 1, 2.0)
-    assert passes(1, 1) == 2.0  # old times go
+    assert passes(1, 5) == pytest.approx(6.0)
+    with pytest.raises(ConfigError, match="times"):
+        PassCost().expect(1, {4: 1.0})
 
 
 def test_rows_learn_from_one_row_how_passes_grow():
@@ -88,9 +131,10 @@ def test_the_kept_nodes_maximise_tokens_per_second(draft, steep):
     drafter = Stub()
     [kept] = budget.keep(1, 0, [(7, drafter, draft)])
     chances = sorted(paths(draft, budget.book(drafter).acceptance.chances(7, draft)), reverse=True)
-    best = max((1 + sum(chances[:k])) / (1.0 + steep * k) for k in GRID if k <= len(draft))
+    likely = [chance for chance in chances if chance >= 0.02]
+    best = max((1 + sum(likely[:k])) / (1.0 + steep * k) for k in GRID if k <= len(likely))
     reached = (1 + sum(chances[: len(kept)])) / (1.0 + steep * len(kept))
-    assert reached == pytest.approx(best)
+    assert reached == pytest.approx(best if best > 1.03 else 1.0)
     for i, parent in enumerate(kept.parents):
         assert -1 <= parent < i
 
@@ -260,34 +304,28 @@ def test_placeholders_are_asked_for_while_they_pay_and_looked_at_ever_more_rarel
     assert gaps[0] == 16
 
 
-def test_a_cheap_drafter_rests_where_nothing_of_it_pays_for_drafting_and_comes_back():
-    budget, drafter, rows = Budget(), Stub(), 1
-    draft = Draft((1, 2), (-1, 0), scores=(0.3, 0.3))
+def test_a_drafter_of_a_row_alone_rests_where_it_does_not_pay_and_comes_back():
+    budget, drafter = Budget(), Stub()
 
-    def asked(steep: float, drafted_s: float = 0.03) -> bool:
-        budget.cost = taught(lambda n: 1.0 + steep * (n - rows), rows=rows)
-        budgets = budget.ask(drafter, [2] * rows)
-        if any(budgets):
-            budget.keep(rows, 0, [(row, drafter, draft) for row in range(rows)], drafted_s)
-        return any(budgets)
+    def asked(taken: int, steep: float, drafted_s: float = 0.03) -> bool:
+        """Two nodes are verified and `taken` of them right; whatever this pass took, passes of its size take `steep` more."""
+        budget.cost = taught(lambda n: 1.0 + steep * (n - 1))
+        yes = any(budget.ask(drafter, [2]))
+        if yes:
+            budget.settle([drafter], 1, 3 if steep else 1, 1 + taken, drafted_s, 17.0)
+        return yes
 
-    assert all(asked(1.0, 0.001) for _ in range(40))  # drafting takes no time: nothing to save
-    dear = [asked(1.0) for _ in range(200)]
-    assert dear[:8] == [True] * 8
+    assert all(asked(0, 0.0, 0.001) for _ in range(40))  # drafting takes no time: nothing to save
+    dear = [asked(0, 0.0) for _ in range(220)]
+    assert dear[:18] == [True] * 17 + [False]  # it may lose half a pass
     rests = [len(list(same)) for yes, same in groupby(dear) if not yes]
     assert rests[:5] == [8, 16, 32, 32, 32]
-    assert {len(list(same)) for yes, same in groupby(dear[8:]) if yes} == {4}  # it is looked at again and again
-    while not asked(0.0):  # a machine where nodes cost nothing: asked after at most one rest, and from then on always
+    assert [len(list(same)) for yes, same in groupby(dear[17:]) if yes][:4] == [9] * 4  # it is looked at again and again
+    while not asked(1, 0.1):  # a text that it knows: asked after at most one rest, and from then on always
         pass
-    assert all(asked(0.0) for _ in range(40))
-    again = [asked(1.0) for _ in range(20)]
-    assert [len(list(same)) for yes, same in groupby(again)][:2] == [8, 8]  # and rests are short again
-    kept = Budget()
-    kept.cost = taught(lambda n: 1.0 + 0.02 * (n - rows), rows=rows)
-    for _ in range(40):  # what is kept gains less than drafting takes: one rests all the same
-        if any(kept.ask(drafter, [2] * rows)):
-            assert any(len(one) for one in kept.keep(rows, 0, [(row, drafter, draft) for row in range(rows)], 9.0))
-    assert kept.book(drafter).nap == 32
+    assert all(asked(1, 0.1) for _ in range(40))
+    again = [asked(1, 0.5) for _ in range(90)]  # a token gained, and a token's time lost, besides the drafting
+    assert [len(list(same)) for yes, same in groupby(again)][:2] == [67, 8]  # it has credit, and rests are short again
 
 
 def test_drafters_of_several_rows_rest_where_their_passes_lose_time_and_come_back():
@@ -298,7 +336,7 @@ def test_drafters_of_several_rows_rest_where_their_passes_lose_time_and_come_bac
     def asked(seconds: float, tokens: float = 1.0, drafted_s: float = 0.03) -> bool:
         yes = any(budget.ask(drafter, [2] * rows))
         if yes:
-            budget.settle([drafter], rows, round(tokens * rows), drafted_s, seconds)
+            budget.settle([drafter], rows, 3 * rows, round(tokens * rows), drafted_s, seconds)
         return yes
 
     assert all(asked(1.0, drafted_s=0.001) for _ in range(60))  # nothing was verified, and drafting takes no time
@@ -322,17 +360,29 @@ def test_a_forecast_that_is_wrong_costs_several_rows_little():
         drafted = any(budget.ask(drafter, [4, 4]))
         seconds = 2.0 if drafted else 1.0
         if drafted:
-            budget.settle([drafter], 2, 2, 0.01, seconds)
+            budget.settle([drafter], 2, 10, 2, 0.01, seconds)
         spent, committed = spent + seconds, committed + 1
     assert committed / spent > 0.97
 
 
-def test_a_row_alone_is_left_to_the_forecast():
+def test_slow_passes_are_held_against_several_rows_and_not_against_a_row_alone():
+    for rows in (1, 2):
+        budget, drafter = Budget(), Stub()
+        budget.cost = taught(lambda n, rows=rows: 1.0, rows=rows)
+        for _ in range(20):
+            budget.settle([drafter], rows, 3 * rows, 2 * rows, 0.01, 9.0)
+        assert any(budget.ask(drafter, [4] * rows)) == (rows == 1)
+
+
+def test_nodes_are_kept_for_a_gain_and_not_for_less_than_is_measured():
     budget, drafter = Budget(), Stub()
+    draft = Draft((1,), (-1,), scores=(0.5,))
+    for steep, kept in ((0.44, 1), (0.47, 0)):  # 1.5 tokens in 1.44 or 1.47 of a plain pass: 4 and 2 per cent more
+        budget.cost = taught(lambda n, steep=steep: 1.0 + steep * (n - 1))
+        assert len(budget.keep(1, 0, [(0, drafter, draft)])[0]) == kept
     budget.cost = taught(lambda n: 1.0)
-    for _ in range(20):
-        budget.settle([drafter], 1, 1, 0.5, 2.0)
-    assert any(budget.ask(drafter, [4]))
+    unlikely = Draft((1, 2), (-1, 0), scores=(0.5, 0.03))
+    assert budget.keep(1, 0, [(0, drafter, unlikely)])[0].tokens == (1,)
 
 
 def test_only_passes_whose_rows_were_all_weighed_are_settled(monkeypatch):
@@ -344,7 +394,7 @@ def test_only_passes_whose_rows_were_all_weighed_are_settled(monkeypatch):
     engine.run([(request, both[0])])
     asked = [rest for drafters, *rest in settled if drafters]
     assert asked
-    assert all(rows == 1 and tokens >= 1 and drafted_s > 0 and seconds > 0 for rows, tokens, drafted_s, seconds in asked)
+    assert all(rows == 1 and tokens >= 1 and drafted_s > 0 and seconds > 0 for rows, _, tokens, drafted_s, seconds in asked)
     settled.clear()
     engine.run([(request, both[1])])  # drafts all the same, whatever it costs
     assert not any(drafters for drafters, *_ in settled)

@@ -1,43 +1,35 @@
 """How many draft nodes a pass should verify: measured pass times against measured acceptance (speculative spec, section 5).
 
 A pass over R rows and K nodes takes t(R + K) seconds and commits R tokens plus one for every accepted node. `PassCost`
-learns t from the passes themselves, `Acceptance` how often the nodes of one drafter are right, and `Budget` keeps the
-nodes that maximise tokens per second. Nothing here changes what is decoded, only how much of a draft is looked at; K = 0
-is always a choice, and the choice depends on past cycles and on the draft's own scores alone. Standard library only: of a
-draft and its drafter it asks no more than the two protocols below, so that the engine can stand on it.
+(pass_cost.py) learns t from the passes themselves, `Acceptance` how often the nodes of one drafter are right, and `Budget`
+keeps the nodes that maximise tokens per second. Nothing here changes what is decoded, only how much of a draft is looked
+at; K = 0 is always a choice, and the choice depends on past cycles and on the draft's own scores alone. Of a draft and its
+drafter it asks no more than the two protocols below, so that the engine can stand on it.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import median
 from typing import Any, ClassVar, Protocol, TypeVar
+
+from hasten.pass_cost import PassCost
 
 # few sizes, so that each is soon known; with the root 32 tokens, the most of which attention treats all alike
 GRID = (*range(9), *range(10, 17, 2), 20, 24, 28, 31, *range(40, 257, 8))
-_WINDOW = 7  # passes of one size that are remembered; the fastest counts, since noise only ever adds time
-_STALE = 256  # passes after which an unused size is forgotten, so that one bad moment is not held against it for ever
-_SWEEP = 64  # passes between two looks for unused sizes
-_FIRST = 0.8  # the first pass of a size pays for what is set up once: so much of it counts, until the second
 _GROWTH = 3  # a pass is at most so many times as large as any tried before
-_STEP = 0.01  # share of a plain pass that one more token is thought to cost before it was tried
 _BINS = 20  # bins of a drafter's scores
 _KEEP = 0.98  # weight of a bin's past against its next observation: about 50 observations count
 _ROW = 6.0  # observations by which one row's acceptance is drawn to that of all rows
 _PRIOR = 4.0  # observations that the drafter's own score is worth
-_USELESS = 8  # passes in a row for which nothing of a drafter's paid for drafting it, after which it is not asked
 _FREE = 0.01  # share of a pass that drafting takes when there is nothing to save by resting
-_CREDIT = 0.5  # plain passes of time that a drafter of several rows may lose before it rests; half of it after a rest
+_MARGIN = 1.03  # nodes are verified where they promise so many times what a plain pass gives, and not for less
+_UNLIKELY = 0.02  # a node that is right less often pays nowhere
+_CREDIT = 0.5  # plain passes of time that a drafter may lose before it rests; half of it after a rest
 _PROVEN = 2.0  # plain passes of time gained that are remembered in its favour
 _REST = 8  # a rest in passes; the next one is twice as long
 _LONGEST = 32  # but no longer than this: texts begin to repeat themselves at any place
 _LONGEST_TOGETHER = 64  # several rows lose more by drafts that fail, and each has less to gain
-_SLOWER = 3.0  # rows that decode wait for prompts at most so many times as long as their own pass takes
-_LEAST_READ = 32  # prompt tokens of a pass at least: fewer cost nearly as much
-_READ = 64  # as long as nothing was measured
-_PAST = 0.8  # weight of what was measured before against the newest pass
 CHEAP = 0.04  # share of a plain pass that drafting may take before it is weighed before it is done
 
 
@@ -79,78 +71,6 @@ class Drafter(Protocol):
 
 
 AnyDraft = TypeVar("AnyDraft", bound=Draft)
-
-
-@dataclass(slots=True)
-class _Size:
-    """Recent times of one size of pass, and the pass it was last used in."""
-
-    times: deque[float]
-    used: int
-    fresh: bool = False
-
-
-class PassCost:
-    """t(n): seconds of a pass over n query tokens of R rows, learnt from the passes that were run."""
-
-    def __init__(self) -> None:
-        self._sizes: dict[int, dict[int, _Size]] = {}  # rows -> tokens -> times
-        self._fastest: dict[int, dict[int, float]] = {}
-        self._passes = 0
-
-    def record(self, rows: int, tokens: int, seconds: float) -> None:
-        """A decoding pass of `rows` rows over `tokens` query tokens took this long."""
-        self._passes += 1
-        sizes = self._sizes.setdefault(rows, {})
-        size = sizes.get(tokens)
-        if size is None:
-            size = sizes[tokens] = _Size(deque(maxlen=_WINDOW), self._passes, fresh=True)
-            size.times.append(seconds * _FIRST)
-        else:
-            if size.fresh:
-                size.times.clear()
-            size.fresh, size.used = False, self._passes
-            size.times.append(seconds)
-        self._fastest.setdefault(rows, {})[tokens] = min(size.times)
-        if self._passes % _SWEEP == 0:
-            for old in [n for n, one in sizes.items() if n > rows and one.used + _STALE < self._passes]:
-                sizes[old].times.clear()
-                self._fastest[rows].pop(old, None)
-
-    def expect(self, rows: int, times: Mapping[int, float]) -> None:
-        """Start from these seconds by query tokens, measured beforehand; the passes themselves then correct them."""
-        for tokens, seconds in times.items():
-            if tokens not in self._sizes.setdefault(rows, {}):
-                self._sizes[rows][tokens] = _Size(deque([seconds], maxlen=_WINDOW), self._passes)
-                self._fastest.setdefault(rows, {})[tokens] = seconds
-
-    def __call__(self, rows: int, tokens: int) -> float:
-        """Estimated seconds; 0 when nothing is known of `rows` rows.
-
-        Between measured sizes it is interpolated; beyond them passes of several rows grow as those of one row do.
-        """
-        known = self._fastest.get(rows, {})
-        if tokens in known or not known:
-            return known.get(tokens, 0.0)
-        below, above = (max((n for n in known if n < tokens), default=0), min((n for n in known if n > tokens), default=0))
-        if not above:
-            one = self._fastest.get(1, {})
-            if rows > 1 and one and min(one) <= below and tokens <= max(one):  # larger passes grow alike for all rows
-                return known[below] * self(1, tokens) / self(1, below)
-            return known[below] + (tokens - below) * _STEP * known[min(known)]
-        if not below:
-            return known[above]
-        share = (tokens - below) / (above - below)
-        return (1 - share) * known[below] + share * known[above]
-
-    def typical(self, rows: int) -> float:
-        """Median seconds of the newest passes over one token of each of `rows` rows; 0 when there was none."""
-        size = self._sizes.get(rows, {}).get(rows)
-        return median(size.times) if size is not None and size.times else 0.0
-
-    def table(self, rows: int = 1) -> dict[int, float]:
-        """Query tokens -> seconds, as measured for passes of `rows` rows."""
-        return dict(self._fastest.get(rows, {}))
 
 
 @dataclass(slots=True)
@@ -309,14 +229,21 @@ class _Book:
         self.acceptance = Acceptance()
         self.cost = PassCost()
         self.skipped, self.patience = 0, 8
-        self.useless = 0  # passes in a row that it did not pay in, for a row alone
-        self.credit = _CREDIT  # plain passes of time that it gained, for several rows
+        self.credit = _CREDIT  # plain passes of time that it gained
         self.pause, self.nap = 0, _REST  # its rest in passes, and the next one's
         self.blind, self.rest = 0, 8  # passes without its placeholders, and how many there are to be
 
-    def tire(self, longest: int) -> None:
-        """It rests from now on, and the next time for twice as long; no rest is longer than `longest`."""
-        self.pause, self.nap = min(self.nap, longest), min(2 * self.nap, longest)
+    def earn(self, gain: float, longest: int) -> None:
+        """It gained so many plain passes of time, or lost them; with no credit left it rests, each time twice as long.
+
+        No rest is longer than `longest` passes.
+        """
+        self.credit = min(_PROVEN, self.credit + gain)
+        if self.credit >= _PROVEN:
+            self.nap = _REST
+        elif self.credit < 0:
+            self.credit = _CREDIT / 2
+            self.pause, self.nap = min(self.nap, longest), min(2 * self.nap, longest)
 
 
 class Budget:
@@ -341,16 +268,13 @@ class Budget:
         """Nodes to ask of `drafter` for each row, at most `caps`; all zeros: do not ask it this time.
 
         A drafter that is cheap and proposes fixed tokens is asked for all: its drafts are cut afterwards, by what they say.
-        It rests for a few passes where long none of its nodes paid for drafting them, or where `settle` found a loss. One
-        that costs something, or samples (whose draft must not be cut by its tokens), is weighed before.
+        It rests for a few passes where its drafts lost more time than they gained. One that costs something, or samples
+        (whose draft must not be cut by its tokens), is weighed before.
         """
         book, rows, cap = self.book(drafter), len(caps), max(caps)
         plain = self.cost(rows, rows)
         drafting = book.cost(rows, rows + sum(caps))
         if drafter.draws == "point" and (drafting <= CHEAP * plain or getattr(drafter, "weighed", False)):
-            if book.useless >= _USELESS:
-                book.useless = _USELESS // 2
-                book.tire(_LONGEST)
             if book.pause:
                 book.pause -= 1
                 return [0] * rows
@@ -388,45 +312,40 @@ class Budget:
         book.blind, book.rest = 0, min(2 * book.rest, 128)  # times change: look again, ever more rarely
         return True
 
-    def settle(self, drafters: Iterable[Drafter], rows: int, tokens: int, drafted_s: float, seconds: float) -> None:
-        """A pass of several rows committed `tokens` in so many seconds, after `drafted_s` of drafting by these drafters.
+    def settle(
+        self, drafters: Iterable[Drafter], rows: int, size: int, tokens: int, drafted_s: float, seconds: float
+    ) -> None:
+        """A pass of `rows` rows over `size` query tokens committed `tokens` in so many seconds, after `drafted_s` of
+        drafting.
 
-        What plain passes take for as many tokens is what they have earned: measured, not foretold, since over several rows
-        small errors of the forecast add up to a loss. A row alone is left to the forecast: its passes differ in time
-        by more than a draft gains, and bursts of text that repeats itself would be slept through.
+        What plain passes take for as many tokens is what these drafters have earned: counted, not foretold, since small
+        errors of the forecast add up to a loss. A row alone is charged what passes of its size take on the whole: single
+        ones differ by more than a draft gains, and bursts of text that repeats itself would be slept through.
         """
         plain = self.cost.typical(rows)
-        if rows == 1 or not plain or (drafted_s <= _FREE * plain and tokens == rows and seconds <= (1 + _FREE) * plain):
+        taken = seconds if rows > 1 else self.cost(rows, size)
+        if not plain or (drafted_s <= _FREE * plain and tokens == rows and taken <= (1 + _FREE) * plain):
             return
-        gain = tokens / rows - (drafted_s + seconds) / plain
+        gain = tokens / rows - (drafted_s + taken) / plain
         for book in map(self.book, drafters):
-            book.credit = min(_PROVEN, book.credit + gain)
-            if book.credit >= _PROVEN:
-                book.nap = _REST
-            elif book.credit < 0:
-                book.credit = _CREDIT / 2
-                book.tire(_LONGEST_TOGETHER)
+            book.earn(gain, _LONGEST if rows == 1 else _LONGEST_TOGETHER)
 
-    def keep(
-        self, rows: int, fixed: int, drafts: Sequence[tuple[int, Drafter, AnyDraft]], drafted_s: float = 0.0
-    ) -> list[AnyDraft]:
+    def keep(self, rows: int, fixed: int, drafts: Sequence[tuple[int, Drafter, AnyDraft]]) -> list[AnyDraft]:
         """The part of each (row, drafter, draft) that pays, chosen over all rows of the pass at once.
 
-        `rows` take part in the pass, `fixed` tokens are in it besides one per row. Sampled drafts stay whole. The seconds
-        spent on drafting are spent; what is kept for a row alone must be worth them, or its drafter soon rests.
+        `rows` take part in the pass, `fixed` tokens are in it besides one per row. Sampled drafts stay whole.
         """
         whole = sum(len(draft) for _, drafter, draft in drafts if drafter.draws != "point")
         ranked: list[tuple[float, int, int]] = []
         for i, (row, drafter, draft) in enumerate(drafts):
             if drafter.draws == "point" and len(draft):
                 chances = self.book(drafter).acceptance.chances(row, draft)
-                ranked += [(-chance, i, node) for node, chance in enumerate(paths(draft, chances))]
-        if not ranked:
-            return [draft for _, _, draft in drafts]
+                reach = paths(draft, chances)
+                ranked += [(-chance, i, node) for node, chance in enumerate(reach) if chance >= _UNLIKELY]
         ranked.sort()
         base = rows + fixed + whole
-        plain = best = rows / (self.cost(rows, base) or 1e9)
-        kept, gain, seen, paid = 0, float(rows), 0, False
+        best, kept = _MARGIN * rows / (self.cost(rows, base) or 1e9), 0
+        gain, seen = float(rows), 0
         largest = _GROWTH * max(self.cost.table(rows), default=base)
         for size in GRID[1:]:
             if size > len(ranked) or base + size > largest:
@@ -435,37 +354,14 @@ class Budget:
             seen = size
             seconds = self.cost(rows, base + size)
             if seconds and gain / seconds > best:
-                best, kept, paid = gain / seconds, size, gain / (seconds + drafted_s) > plain
+                best, kept = gain / seconds, size
         chosen: list[list[int]] = [[] for _ in drafts]
         for _, i, node in ranked[:kept]:
             chosen[i].append(node)
-        for book in {id(drafter): self.book(drafter) for _, drafter, _ in drafts if rows == 1}.values():
-            if paid or drafted_s > _FREE * self.cost(rows, base):
-                book.useless = 0 if paid else book.useless + 1
-            book.nap = _REST if paid else book.nap
         return [
             select(draft, deepest_first(draft, chosen[i])) if drafter.draws == "point" else draft
             for i, (_, drafter, draft) in enumerate(drafts)
         ]
-
-
-class ReadingCost:
-    """What prompt tokens take beside what else a pass does, as measured, and how many of them a pass may read."""
-
-    def __init__(self) -> None:
-        self.token_s = 0.0
-
-    def record(self, tokens: int, seconds: float) -> None:
-        """`tokens` prompt tokens made a pass so much longer."""
-        if tokens >= _LEAST_READ and seconds > 0:
-            new = seconds / tokens
-            self.token_s = new if not self.token_s else _PAST * self.token_s + (1 - _PAST) * new
-
-    def room(self, decoding_s: float) -> int:
-        """Prompt tokens of a pass whose decoding rows alone take `decoding_s` (0 = not known)."""
-        if not self.token_s or not decoding_s:
-            return _READ
-        return max(_LEAST_READ, int(_SLOWER * decoding_s / self.token_s))
 
 
 def shares(pending: Sequence[int], room: int, most: int) -> list[int]:

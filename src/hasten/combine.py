@@ -16,7 +16,7 @@ from hasten.types import MethodCard
 from hasten.union import Union
 
 if TYPE_CHECKING:
-    from hasten.budget import PassCost
+    from hasten.pass_cost import PassCost
 
 AUTO: tuple[str, ...] = ("prompt-lookup", "token-recycling")  # what "auto" drafts with: exact, untrained, any causal model
 TRAINED = ("aded", "fspad")  # and with those of these that were made for the model

@@ -17,10 +17,10 @@ from hasten.types import Event, Grammar, Output, Request, SamplingParams
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hasten.budget import PassCost
     from hasten.engine.contracts import LogitsRule
     from hasten.engine.engine import Parts
     from hasten.models.load import Loaded
+    from hasten.pass_cost import PassCost
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, object]

@@ -9,9 +9,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from hasten.budget import CHEAP, GRID, Acceptance, PassCost, paths
+from hasten.budget import CHEAP, GRID, Acceptance, paths
 from hasten.engine.contracts import EMPTY_DRAFT, NO_NEEDS, Draft, Drafter, Draws, Feedback, Needs, RowView
 from hasten.errors import ConfigError, IncompatibleError
+from hasten.pass_cost import PassCost
 
 _TYPICAL = 8  # nodes of one row by which members are compared
 _MOST = 31  # nodes of one row that are looked at beforehand

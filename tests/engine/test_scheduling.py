@@ -10,12 +10,13 @@ from canvases import Masked, policy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hasten.budget import ReadingCost, shares
+from hasten.budget import shares
 from hasten.engine import canvas as canvas_loop
 from hasten.engine.cache import CacheLayout
 from hasten.engine.engine import PLAIN, Engine, Parts
 from hasten.engine.limits import Limits
 from hasten.engine.scheduler import _PASSES
+from hasten.pass_cost import ReadingCost
 from hasten.types import Event, Request, SamplingParams
 
 MODEL = tiny.model()

@@ -10,10 +10,10 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hasten.budget import PassCost
 from hasten.kernels import library
 from hasten.models import cost
 from hasten.models.cost import PassTimes
+from hasten.pass_cost import PassCost
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="the native library was not built")
 

@@ -12,11 +12,11 @@ from gemma import CANVAS, VOCAB, transformers, write
 from live import serving
 
 import hasten
-from hasten.budget import PassCost
 from hasten.combine import combine
 from hasten.engine.contracts import MethodContext
 from hasten.engine.sampling import draw
 from hasten.errors import ConfigError, IncompatibleError, UnsupportedError
+from hasten.pass_cost import PassCost
 from hasten.registry import cards
 from hasten.types import Request, SamplingParams, commit_log
 from hasten.unmask._noise import uniforms

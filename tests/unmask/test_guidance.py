@@ -378,7 +378,7 @@ def test_keys_that_are_kept_are_refused_by_both_names_however_a_policy_is_made()
 
 
 def test_models_that_fill_no_canvas_mask_by_mask_are_refused_by_name():
-    from hasten.budget import PassCost
+    from hasten.pass_cost import PassCost
 
     with pytest.raises(IncompatibleError, match=r"'guidance' needs 'masked'"):
         hasten.load("mini-ar").parts(("guidance",))

@@ -16,7 +16,6 @@ from importlib import resources
 from typing import Any, Literal, NamedTuple, cast
 
 from hasten import registry
-from hasten.budget import PassCost
 from hasten.combine import combine
 from hasten.engine.contracts import Backbone, Capabilities, MethodContext
 from hasten.engine.masks import ALL_VISIBILITIES
@@ -24,6 +23,7 @@ from hasten.errors import ConfigError, HastenError, IncompatibleError, Unsupport
 from hasten.models.hf import CANVASES
 from hasten.models.load import load
 from hasten.models.masked import MASKED
+from hasten.pass_cost import PassCost
 from hasten.types import MethodCard
 
 card = MethodCard(

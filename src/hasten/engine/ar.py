@@ -14,7 +14,7 @@ from typing import cast
 
 from torch import Tensor
 
-from hasten.budget import Budget, ReadingCost, select, shares
+from hasten.budget import Budget, select, shares
 from hasten.engine.contracts import NO_NEEDS, Backbone, Draft, Drafter, Feedback, Needs, Pass, Pseudo
 from hasten.engine.limits import LIMITS
 from hasten.engine.rows import Row, Turn
@@ -22,6 +22,7 @@ from hasten.engine.sampling import token_logprob
 from hasten.engine.trace import Trace
 from hasten.engine.verify import check_draft, check_law, depths, verify
 from hasten.failure import contained
+from hasten.pass_cost import ReadingCost
 
 
 class AutoregressiveLoop:
@@ -103,7 +104,8 @@ class AutoregressiveLoop:
             self.budget.cost.record(rows, size, seconds)
             if all(turn.asked or not len(turn.draft) for turn in turns):
                 asked = {id(one): one for turn in turns if turn.asked and (one := turn.row.drafter) is not None}
-                self.budget.settle(asked.values(), rows, rows + sum(turn.taken for turn in turns), drafted_s, seconds)
+                tokens = rows + sum(turn.taken for turn in turns)
+                self.budget.settle(asked.values(), rows, size, tokens, drafted_s, seconds)
         else:
             alone = self.budget.cost(rows, size) or self.budget.plain(rows)
             if alone or not rows:
@@ -159,7 +161,6 @@ class AutoregressiveLoop:
     def _propose(self, turns: Sequence[Turn]) -> None:
         """Fill in the drafts of ready rows, each within its row's budget."""
         asked: dict[int, tuple[Drafter, list[Turn]]] = {}
-        started_s = self.trace.now()
         for turn in turns:
             row = turn.row
             if row.drafter is not None and not row.opened:
@@ -176,7 +177,7 @@ class AutoregressiveLoop:
                 asked.setdefault(id(row.drafter), (row.drafter, []))[1].append(turn)
         for drafter, waiting in asked.values():
             self._ask(drafter, waiting, len(turns))
-        self._keep(turns, [turn for _, waiting in asked.values() for turn in waiting], started_s)
+        self._keep(turns, [turn for _, waiting in asked.values() for turn in waiting if len(turn.draft)])
         for turn in turns:
             if len(turn.draft):
                 self._emit(turn.row, "draft", tokens=turn.draft.tokens, parents=turn.draft.parents)
@@ -186,11 +187,11 @@ class AutoregressiveLoop:
         budgets = [self._budget(turn, drafter) for turn in waiting]
         measured = any(turn.row.measured for turn in waiting)
         if measured:
-            for turn in waiting:
-                self.budget.book(drafter).acceptance.judge(turn.row.id, turn.row.tokens)
             budgets = self.budget.ask(drafter, budgets)
             if not any(budgets):
                 return
+            for turn in waiting:
+                self.budget.book(drafter).acceptance.judge(turn.row.id, turn.row.tokens)
         started_s = self.trace.now()
         drafts = drafter.propose([turn.row.view() for turn in waiting], budgets)
         if measured and any(map(len, drafts)):  # before the prompt is read there may be nothing to draft from
@@ -202,16 +203,15 @@ class AutoregressiveLoop:
             if turn.row.measured and len(turn.draft):
                 self.budget.book(drafter).acceptance.watch(turn.row.id, len(turn.row.tokens), turn.draft)
 
-    def _keep(self, turns: Sequence[Turn], asked: Sequence[Turn], started_s: float) -> None:
-        """Cut the drafts of measured rows, asked of their drafters since `started_s`, to the nodes that pay here."""
-        measured = [turn for turn in asked if turn.row.measured and len(turn.draft)]
+    def _keep(self, turns: Sequence[Turn], asked: Sequence[Turn]) -> None:
+        """Cut the drafts of measured rows, asked of their drafters, to the nodes that pay here."""
+        measured = [turn for turn in asked if turn.asked]
         if not measured:
             return
         others = sum(turn.count - 1 + len(turn.draft) for turn in turns) - sum(len(turn.draft) for turn in measured)
         others += sum(self._worth(turn.pseudo, 1) for turn in turns)
         drafts = [(turn.row.id, cast(Drafter, turn.row.drafter), turn.draft) for turn in measured]
-        drafted_s = self.trace.now() - started_s
-        for turn, draft in zip(measured, self.budget.keep(len(turns), others, drafts, drafted_s), strict=True):
+        for turn, draft in zip(measured, self.budget.keep(len(turns), others, drafts), strict=True):
             turn.draft = draft
 
     @staticmethod

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
-from hasten.budget import PassCost
 from hasten.engine.ar import AutoregressiveLoop
 from hasten.engine.cache import RowCache
 from hasten.engine.canvas import Canvas, CanvasLoop
@@ -24,6 +23,7 @@ from hasten.engine.trace import Trace
 from hasten.engine.verify import check_law
 from hasten.errors import BusyError, ConfigError, ContextLengthError, IncompatibleError, RuleError, out_of_range
 from hasten.failure import contained, out_of_memory, words
+from hasten.pass_cost import PassCost
 from hasten.text import StopText, TextDecoder
 from hasten.types import Event, FinishReason, Output, Request, Usage
 

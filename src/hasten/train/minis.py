@@ -16,7 +16,7 @@ from hasten.models.tokenizer import read_json
 from hasten.train import assess
 from hasten.train.mixture import GROUP, USUAL, Mixture
 from hasten.train.network import Network, Shape
-from hasten.train.objectives import Form
+from hasten.train.objectives import Form, Masking
 from hasten.train.pretrain import Config, Run
 from hasten.train.released import export, model_type, read
 
@@ -27,7 +27,8 @@ Progress = Callable[[str, int, int], None]
 class Mini:
     """A recipe: what it makes, how many steps at which rate, and the model whose weights it begins with ("": fresh).
 
-    `opening` as in `Config`; `canvases` as in `Mixture`, where they differ.
+    `opening` as in `Config`; `canvases` as in `Mixture`, where they differ; `masking`: the states learnt from in the count
+    form, where they are not the usual ones.
     """
 
     summary: str
@@ -37,6 +38,7 @@ class Mini:
     start: str = ""
     opening: float = 0.0
     canvases: tuple[float, ...] = USUAL
+    masking: Masking | None = None
 
 
 _LONG = (0.4, 0.41, 0.12, 0.05, 0.02)  # long answers somewhat more often than usual: decoding in parallel is for them
@@ -44,11 +46,14 @@ MINIS = {
     "mini-dlm": Mini(
         "masked diffusion, every token sees every other (Dream's layout)",
         Shape(shift=True),
-        4000,
-        4e-3,
-        "mini-ar",
-        opening=0.15,
+        3000,
+        2e-3,
+        "mini-bdlm",
+        opening=0.25,
         canvases=_LONG,
+        # where any place may be masked, a digit that stands twice is copied and not worked out: so most states are those of
+        # a block in progress with nothing known behind it
+        masking=Masking(shaped=0.6),
     ),
     "mini-ar": Mini("left to right (Llama's layout)", Shape(kind="causal"), 2400, 5e-3),
     "mini-bdlm": Mini(
@@ -103,7 +108,7 @@ def pretrain(
     if minutes is not None:
         steps = _planned(recipe, minutes, mixture, form, work / "plan.json")
     config = Config(steps or recipe.steps, recipe.lr, seed=seed, every=250, opening=recipe.opening, form=form)
-    run = Run(recipe.shape, config, mixture)
+    run = Run(recipe.shape, config, mixture, recipe.masking if form == "count" else None)
     if first is not None:
         run.start_from(dict(first.state_dict()))
     show("training", 0, run.config.steps)

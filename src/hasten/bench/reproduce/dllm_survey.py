@@ -115,9 +115,9 @@ def foresee(name: str, methods: Sequence[str]) -> str:
 
 def outcome(context: MethodContext, methods: Sequence[str], seed: int) -> str:
     """What comes of a request for these methods on a real model: legal only if it fills its canvas."""
-    from hasten.budget import PassCost
     from hasten.combine import combine
     from hasten.errors import HastenError, IncompatibleError, UnsupportedError
+    from hasten.pass_cost import PassCost
 
     try:
         parts = combine(tuple(methods), context, PassCost)
@@ -132,8 +132,8 @@ def outcome(context: MethodContext, methods: Sequence[str], seed: int) -> str:
 
 def unchanged(one: Family, context: MethodContext, seed: int) -> float:
     """Share of texts that are the same with a key cache - the blocks' own, or `canvas-cache` - as without any."""
-    from hasten.budget import PassCost
     from hasten.combine import combine
+    from hasten.pass_cost import PassCost
     from hasten.unmask.reference import NoCache
 
     blocks = context.capabilities.block is not None
