@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import median
 
 from hasten.errors import out_of_range
 
@@ -30,6 +30,10 @@ class _Size:
     fresh: bool = False
 
 
+def _median(times: deque[float]) -> float:
+    return sorted(times)[len(times) // 2]  # called after every pass: the library's takes ten times as long
+
+
 class PassCost:
     """t(n): seconds of a pass over n query tokens of R rows, learnt from the passes that were run.
 
@@ -43,6 +47,7 @@ class PassCost:
         self._shape: dict[int, dict[int, float]] = {}  # rows -> tokens -> their median, or what was foretold
         self._foretold: dict[int, dict[int, float]] = {}
         self._pace: dict[int, float] = {}  # rows -> seconds of a plain pass
+        self._orders: dict[int, list[int]] = {}  # rows -> the sizes in `_shape`, in order
         self._passes = 0
 
     def record(self, rows: int, tokens: int, seconds: float) -> None:
@@ -61,14 +66,15 @@ class PassCost:
             size.fresh, size.used = False, self._passes
             size.times.append(time)
         if plain:
-            self._set_pace(rows, median(size.times))
+            self._set_pace(rows, _median(size.times))
         else:
-            self._shape.setdefault(rows, {})[tokens] = median(size.times)
+            self._shape.setdefault(rows, {})[tokens] = _median(size.times)
         if self._passes % _SWEEP == 0:
             for old in [n for n, one in sizes.items() if n > rows and one.used + _STALE < self._passes]:
                 del sizes[old]
                 self._shape[rows].pop(old, None)
                 self._shape[rows] |= {n: t for n, t in self._foretold.get(rows, {}).items() if n == old}
+                self._orders.pop(rows, None)
 
     def _set_pace(self, rows: int, seconds: float) -> None:
         """Plain passes of `rows` rows take so long; what was measured before the first of them is restated in its terms."""
@@ -108,12 +114,16 @@ class PassCost:
             return 0.0
         if tokens in known:
             return known[tokens] * pace
-        below, above = (max((n for n in known if n < tokens), default=0), min((n for n in known if n > tokens), default=0))
+        order = self._orders.get(rows, [])
+        if len(order) != len(known):
+            order = self._orders[rows] = sorted(known)
+        at = bisect_left(order, tokens)
+        below, above = order[at - 1] if at else 0, order[at] if at < len(order) else 0
         if not above:
             one = self._shape.get(1, {})
             if rows > 1 and one and min(one) <= below and tokens <= max(one):  # larger passes grow alike for all rows
                 return pace * known[below] * self(1, tokens) / self(1, below)
-            least = min(known)
+            least = order[0]
             step = (known[below] - known[least]) / (below - least) if below > least else 0.0
             return pace * (known[below] + (tokens - below) * max(step, _STEP * known[least]))
         if not below:

@@ -42,19 +42,25 @@ def test_a_recipe_writes_a_model_with_its_card(name, small_recipes, tmp_path):
 
 
 def test_the_recipe_of_mini_dlm_begins_with_its_twin(monkeypatch, tmp_path):
-    """Before the first step it foretells what the left-to-right model does; the places behind come into sight later."""
+    """Before the first step it foretells what the model in blocks does under one mask; the places behind come into sight
+    later."""
     from hasten.models.catalog import MINI
     from hasten.train.released import read
 
     recipe = minis.MINIS["mini-dlm"]
     monkeypatch.setattr(minis, "MINIS", {"mini-dlm": replace(recipe, steps=1, lr=1e-9)})
     how = {"tokens": 1100, "counts": {}, "work": tmp_path / "work", "out": tmp_path / "out"}
-    assert minis.pretrain("mini-dlm", **how)["started_from"] == "mini-ar"
-    made, twin = read(tmp_path / "out"), read(MINI / "mini-ar")
+    facts = minis.pretrain("mini-dlm", **how)
+    assert facts["started_from"] == "mini-bdlm"
+    assert (facts["training"]["masking"]["shaped"], facts["training"]["mixture"]["late"]) == (0.6, recipe.late)
+    assert (
+        minis.pretrain("mini-dlm", **{**how, "work": tmp_path / "plain"}, form="mgdm")["training"]["masking"]["shaped"] == 0
+    )
+    made, twin = read(tmp_path / "out"), read(MINI / "mini-bdlm")
     ids = torch.tensor([[alphabet.BOS, *alphabet.encode("sum: 7 5 9\n07+5=12")]])
     causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
     with torch.no_grad():
-        moved, plain = made.logits(made(ids, mask=causal))[:, 1:], twin.logits(twin(ids))[:, :-1]
+        moved, plain = (one.logits(one(ids, mask=causal)) for one in (made, twin))
     assert torch.equal(moved.argmax(-1), plain.argmax(-1))
 
 

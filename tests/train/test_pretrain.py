@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from hasten.errors import ConfigError, HastenError
 from hasten.train import alphabet, assess
-from hasten.train.mixture import Mixture, batch, canvas_of, collate, draw, row
+from hasten.train.mixture import GROUP, Mixture, batch, canvas_of, collate, draw, row
 from hasten.train.network import Network, Shape
 from hasten.train.objectives import (
     FLOOR,
@@ -243,6 +243,22 @@ def test_long_canvases_have_their_share_and_come_late():
     assert {draw(rng, SMALL, split="test")[0].prompt for _ in range(20)}.isdisjoint(
         draw(rng, SMALL)[0].prompt for _ in range(20)
     )
+
+
+def test_the_last_part_of_a_run_has_canvases_of_its_own_and_the_rest_is_as_without():
+    late = replace(SMALL, late=(0.1, 0.1, 0.0, 0.0, 0.8))
+    for step in (0, 40, 69 // GROUP * GROUP - 1):
+        assert torch.equal(batch(late, step, 100).ids, batch(SMALL, step, 100).ids)
+
+    def longest(mixture: Mixture, progress: float) -> int:
+        rng = Random(3)
+        return sum(len(draw(rng, mixture, progress)[0].answer) >= 256 for _ in range(400))
+
+    assert longest(late, 0.69) == longest(SMALL, 0.69) < 20
+    assert longest(late, 0.7) > 60 < longest(replace(late, turn=0.2), 0.3)
+    for wrong in ({"late": (0.0, 0.0, 1.0, 0.0, 0.0)}, {"late": (1.0,)}, {"turn": 1.5}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            replace(SMALL, **wrong)
 
 
 def test_canvases_are_the_least_one_or_a_bit_more():

@@ -85,7 +85,7 @@ class AutoregressiveLoop:
         if drafter is not None and turn.needs.prompt and turn.read:
             reports.append(self._reading(turn, index, done, logits, turn.needs))
         if turn.ready:
-            logits = logits[turn.heard :]
+            logits = logits[turn.heard :] if turn.heard else logits
             judged = self._judge(turn, logits, done, done.logit_starts[index] + turn.heard)
             if judged is None:
                 return []
@@ -252,14 +252,14 @@ class AutoregressiveLoop:
             self._emit(row, "accept", tokens=kept)
         at, taken, following = 0, [], -1
         for node in verdict.path:
-            self._commit(row, turn.draft.tokens[node], logits[at], lse[at])
+            self._commit(row, turn.draft.tokens[node], logits, at, lse[at])
             taken.append(node)
             at = node + 1
             if row.reason is not None:
                 break
         else:
             following = verdict.next
-            self._commit(row, following, logits[at], lse[at])
+            self._commit(row, following, logits, at, lse[at])
         # everything committed but the newest token is in the cache now; the newest is the next root
         row.cache.gather(base, [*range(turn.count), *(turn.count + node for node in taken)])
         row.accepted += len(taken)
@@ -268,15 +268,15 @@ class AutoregressiveLoop:
             row.first_s = self.trace.now()
         return tuple(taken), following
 
-    def _commit(self, row: Row, token: int, logits: Tensor, lse: float) -> None:
-        """Make one token final: history, text, stop conditions, trace."""
+    def _commit(self, row: Row, token: int, logits: Tensor, at: int, lse: float) -> None:
+        """Make one token final, which follows node `at`: history, text, stop conditions, trace."""
         position = len(row.tokens)
         row.tokens.append(token)
         row.sampler.commit(token)
         params = row.request.sampling
         logprob = None
         if params.logprobs is not None:
-            logprob = token_logprob(logits, lse, token, params.logprobs)
+            logprob = token_logprob(logits[at], lse, token, params.logprobs)
             row.logprobs.append(logprob)
         if token in row.eos_ids or token in params.stop_ids:
             row.reason, row.stop = "stop", token
@@ -290,7 +290,7 @@ class AutoregressiveLoop:
                 text += row.text.finish()
                 if row.text.found is not None:  # the last incomplete character completed a stop string
                     row.reason, row.stop = "stop", row.text.found
-        confidence = math.exp(min(0.0, float(logits[token]) - lse))
+        confidence = math.exp(min(0.0, logits[at, token].item() - lse))
         self._emit(row, "commit", position=position, token=token, confidence=confidence, text=text, logprob=logprob)
 
     def _feedback(

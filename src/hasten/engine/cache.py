@@ -86,7 +86,7 @@ class RowCache:
         end = start + len(positions)
         if end > self.capacity:
             raise MemoryFitError(f"cache row holds {self.capacity} slots, the pass needs {end}")
-        self.positions[start:end] = positions
+        self.positions.numpy()[start:end] = positions.numpy()
         return max(end, self.length)
 
     def advance(self, tokens: int) -> None:

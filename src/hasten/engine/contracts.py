@@ -221,6 +221,8 @@ class Pass:
 
     def row_logits(self, row: int) -> Tensor:
         """Logits [wanted of this row, vocab]."""
+        if len(self.logit_starts) == 1:
+            return self.logits
         ends = (*self.logit_starts[1:], self.logits.shape[0])
         return self.logits[self.logit_starts[row] : ends[row]]
 

@@ -27,8 +27,8 @@ Progress = Callable[[str, int, int], None]
 class Mini:
     """A recipe: what it makes, how many steps at which rate, and the model whose weights it begins with ("": fresh).
 
-    `opening` as in `Config`; `canvases` as in `Mixture`, where they differ; `masking`: the states learnt from in the count
-    form, where they are not the usual ones.
+    `opening` as in `Config`; `canvases` and `late` as in `Mixture`, where they differ; `masking`: the states learnt from in
+    the count form, where they are not the usual ones.
     """
 
     summary: str
@@ -38,10 +38,12 @@ class Mini:
     start: str = ""
     opening: float = 0.0
     canvases: tuple[float, ...] = USUAL
+    late: tuple[float, ...] | None = None
     masking: Masking | None = None
 
 
 _LONG = (0.4, 0.41, 0.12, 0.05, 0.02)  # long answers somewhat more often than usual: decoding in parallel is for them
+_LATE = (0.3, 0.27, 0.2, 0.13, 0.1)  # and at last those of 256 and 512 places, once the tasks are known
 MINIS = {
     "mini-dlm": Mini(
         "masked diffusion, every token sees every other (Dream's layout)",
@@ -51,6 +53,7 @@ MINIS = {
         "mini-bdlm",
         opening=0.25,
         canvases=_LONG,
+        late=_LATE,
         # where any place may be masked, a digit that stands twice is copied and not worked out: so most states are those of
         # a block in progress with nothing known behind it
         masking=Masking(shaped=0.6),
@@ -103,7 +106,7 @@ def pretrain(
     work = work or cache_dir() / "train" / name
     out = out or cache_dir() / "minis" / name
     work.mkdir(parents=True, exist_ok=True)
-    mixture = Mixture(tokens=tokens, seed=seed, canvases=recipe.canvases)
+    mixture = Mixture(tokens=tokens, seed=seed, canvases=recipe.canvases, late=recipe.late)
     first = _first(recipe, start)
     if minutes is not None:
         steps = _planned(recipe, minutes, mixture, form, work / "plan.json")

@@ -30,7 +30,8 @@ class Mixture:
     """`tokens` per batch; `short` is the share of a run in which lengths grow.
 
     `tight` is the share of answers whose window ends within 16 tokens of them, `roomy` of those in twice the usual canvas;
-    the others have the least of the usual canvases that fits. `canvases` is how often answers for each of CANVASES come.
+    the others have the least of the usual canvases that fits. `canvases` is how often answers for each of CANVASES come,
+    `late` how often in the last part of a run, from the share `turn` of it on (default: as before).
     """
 
     tokens: int = 4096
@@ -39,14 +40,17 @@ class Mixture:
     roomy: float = 0.1
     seed: int = 0
     canvases: tuple[float, ...] = USUAL
+    late: tuple[float, ...] | None = None
+    turn: float = 0.7
 
     def __post_init__(self) -> None:
         if self.tokens < 1100:
             raise out_of_range("tokens", self.tokens, "at least 1100, for one sample of the longest")
-        if len(self.canvases) != len(CANVASES) or min(self.canvases) < 0 or not any(self.canvases[:2]):
-            raise out_of_range(
-                "canvases", self.canvases, f"{len(CANVASES)} weights of at least 0, the first two not both 0"
-            )
+        for name, weights in (("canvases", self.canvases), ("late", self.late or self.canvases)):
+            if len(weights) != len(CANVASES) or min(weights) < 0 or not any(weights[:2]):
+                raise out_of_range(name, weights, f"{len(CANVASES)} weights of at least 0, the first two not both 0")
+        if not 0 <= self.turn <= 1:
+            raise out_of_range("turn", self.turn, "in [0, 1]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,15 +97,16 @@ def draw(rng: Random, mixture: Mixture, progress: float = 1.0, split: Split = "t
     longest = CANVASES[min(len(CANVASES) - 1, int(grown * len(CANVASES)))]
     while True:
         world = WORLDS[rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]]
-        sample = sample_of(world, rng, _size(world, rng, mixture, longest, grown))
+        weights = mixture.late if mixture.late and progress >= mixture.turn else mixture.canvases
+        sample = sample_of(world, rng, _size(world, rng, weights, longest, grown))
         if split_of(sample.prompt) == split:
             return sample, canvas_of(len(sample.answer), rng, mixture)
 
 
-def _size(world: World, rng: Random, mixture: Mixture, longest: int, grown: float) -> int:
+def _size(world: World, rng: Random, weights: Sequence[float], longest: int, grown: float) -> int:
     fitting = [world.fitting(canvas, above) for canvas, above in zip(CANVASES, (0, *CANVASES), strict=False)]
     allowed = [
-        (sizes, weight) for canvas, sizes, weight in zip(CANVASES, fitting, mixture.canvases, strict=True)
+        (sizes, weight) for canvas, sizes, weight in zip(CANVASES, fitting, weights, strict=True)
         if sizes and canvas <= max(longest, 64)
     ]  # fmt: skip
     sizes = rng.choices([sizes for sizes, _ in allowed], [weight for _, weight in allowed])[0]
