@@ -74,7 +74,8 @@ class Rounded:
         """The values float32 [rows, cols], each product rounded once."""
         groups = self.scale.shape[1]
         whole = self.integers().reshape(len(self.codes), groups, -1).astype(np.float32)
-        whole *= self.scale[:, :, None]
+        with np.errstate(over="ignore"):
+            whole *= self.scale[:, :, None]
         return whole.reshape(len(self.codes), self.cols)
 
     def blocks(self) -> tuple[int, NDArray[np.uint8]] | None:
@@ -88,51 +89,46 @@ class Rounded:
         width = self.cols // groups
         if width % _BLOCK or (self.scheme.bits == 8 and self.zero is not None):
             return None
-        scale = self.scale.astype(np.float16)
-        if not np.array_equal(scale.astype(np.float32), self.scale):
+        scale = _half(self.scale)
+        if scale is None:
             return None
         rows, count = len(self.codes), self.cols // _BLOCK
-
-        def per_block(values: NDArray[np.float16]) -> NDArray[np.uint8]:
-            return np.repeat(values, width // _BLOCK, 1).view(np.uint8).reshape(rows, count, 2)
-
-        if self.scheme.bits == 4:
-            least = None if self.zero is None else self._minima(scale)
-            if self.zero is None or least is not None:
-                head = 2 if least is None else 4
-                out = np.empty((rows, count, head + _BLOCK // 2), np.uint8)
-                out[:, :, :2] = per_block(scale)
-                if least is not None:
-                    out[:, :, 2:4] = per_block(least)
-                _halves(self.codes.reshape(rows, count, _BLOCK // 2), out[:, :, head:])
-                return (Q4_0 if least is None else Q4_1), out.reshape(rows, -1)
-        out = np.empty((rows, count, 2 + _BLOCK), np.uint8)
-        out[:, :, :2] = per_block(scale)
-        if self.scheme.bits == 8 and self.scheme.packed:
-            out[:, :, 2:] = (self.codes[:, : self.cols] ^ 128).reshape(rows, count, _BLOCK)
+        parts: list[NDArray[np.float16]] = [scale]
+        source, least = Q4_0, None if self.zero is None else _half(-self.scale * (self.zero + 8))
+        if self.scheme.bits == 4 and least is not None:
+            source, parts = Q4_1, [scale, least]
+        if self.scheme.bits == 4 and (self.zero is None or least is not None):
+            quants = _halves(self.codes.reshape(rows, count, _BLOCK // 2))
         else:
-            out[:, :, 2:] = self.integers().astype(np.int8).view(np.uint8).reshape(rows, count, _BLOCK)
-        return Q8_0, out.reshape(rows, -1)
+            source = Q8_0
+            packed = self.scheme.bits == 8 and self.scheme.packed
+            signed = self.codes[:, : self.cols] ^ 128 if packed else self.integers().astype(np.int8)
+            quants = np.ascontiguousarray(signed).view(np.uint16).reshape(rows, count, _BLOCK // 2)
+        out = np.empty((rows, count, len(parts) + quants.shape[2]), np.uint16)
+        for i, part in enumerate(parts):
+            out[:, :, i] = np.repeat(part.view(np.uint16), width // _BLOCK, 1)
+        out[:, :, len(parts) :] = quants
+        return source, out.reshape(rows, -1).view(np.uint8)
 
-    def _minima(self, scale: NDArray[np.float16]) -> NDArray[np.float16] | None:
-        """-scale * (zero point + 8) float16 [rows, groups], None unless all of them are exact."""
-        assert self.zero is not None  # noqa: S101 - asked of asymmetric ones
-        wide = -scale.astype(np.float32) * (self.zero + 8)
-        with np.errstate(over="ignore"):
-            least = wide.astype(np.float16)
-        return least if np.array_equal(least.astype(np.float32), wide) else None
+
+def _half(values: NDArray[np.float32]) -> NDArray[np.float16] | None:
+    """The same numbers in float16, None unless it has all of them."""
+    with np.errstate(over="ignore"):
+        narrow = values.astype(np.float16)
+    return narrow if np.array_equal(narrow.astype(np.float32), values) else None
 
 
-def _halves(codes: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
-    """[rows, blocks, 16]: from nibbles in pairs (columns 2 j and 2 j + 1 share a byte) to halves (j and 16 + j do)."""
+def _halves(codes: NDArray[np.uint8]) -> NDArray[np.uint16]:
+    """[rows, blocks, 8]: from nibbles in pairs (columns 2 j, 2 j + 1 share a byte) to halves (columns j, 16 + j do)."""
     words = np.ascontiguousarray(codes).view(np.uint64)
     first, second = words[:, :, 0], words[:, :, 1]
-    low, high = np.uint64(0x0F0F0F0F0F0F0F0F), np.uint64(0xF0F0F0F0F0F0F0F0)
-    four = np.uint64(4)
+    low, high, four = np.uint64(0x0F0F0F0F0F0F0F0F), np.uint64(0xF0F0F0F0F0F0F0F0), np.uint64(4)
     even = (first & low) | ((second & low) << four)
     odd = ((first & high) >> four) | (second & high)
-    out[:, :, 0::2] = even.view(np.uint8).reshape(*even.shape, 8)
-    out[:, :, 1::2] = odd.view(np.uint8).reshape(*odd.shape, 8)
+    out = odd.view(np.uint8).astype(np.uint16)
+    out <<= 8
+    out |= even.view(np.uint8)
+    return out.reshape(*even.shape, 8)
 
 
 def _unpack(words: NDArray[np.int32], bits: int, count: int) -> NDArray[np.int16]:

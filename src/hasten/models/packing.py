@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hasten.errors import FormatError, HastenError
-from hasten.kernels.library import ABI, F16, F32, Q4_0, Q4_1, Q4_K, Q5_0, Q6_K, Q8_0
+from hasten.kernels.library import ABI, BF16, F16, F32, Q4_0, Q4_1, Q4_K, Q5_0, Q6_K, Q8_0
 from hasten.kernels.weights import ALIGN, Packed, pack, pack_float, pack_rounded
 from hasten.models.compressed import CompressedCheckpoint
 from hasten.models.config import ModelConfig
@@ -33,6 +33,7 @@ _MAGIC = b"hastenpk"
 _HEADER = 1 << 24  # bytes a header may have at most
 WORTH = 8 << 20  # bytes of a model from which keeping its packed form pays
 _STORED = {"F32": F32, "F16": F16, "Q4_0": Q4_0, "Q4_1": Q4_1, "Q5_0": Q5_0, "Q8_0": Q8_0, "Q4_K": Q4_K, "Q6_K": Q6_K}
+_PLAIN = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
 Progress = Callable[[str, int, int], None]
 
 
@@ -198,9 +199,13 @@ def _pack_compressed(
 ) -> Packed:
     matrix = stored.matrix(name)
     if matrix is None:
-        values = stored.read(name)[torch.from_numpy(rows)]
-        kept = torch.bfloat16 if dtype is None and values.dtype == torch.bfloat16 else dtype
-        return _pack_values(place, values.float().numpy(), kept, rounded)
+        values = stored.read(name)
+        if len(rows) != len(values) or (rows != np.arange(len(rows))).any():
+            values = values[torch.from_numpy(rows)]
+        source = _PLAIN.get(values.dtype)
+        if source is not None and rounded == "stored" and dtype != torch.bfloat16 and (dtype is None or source != BF16):
+            return pack(source, values.contiguous().view(torch.uint8).numpy(), *values.shape)
+        return _pack_values(place, values.float().numpy(), dtype, rounded)
     matrix = matrix.take(rows)
     blocks = matrix.blocks() if dtype != torch.bfloat16 and rounded == "stored" else None
     if blocks is not None:
