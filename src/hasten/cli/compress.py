@@ -34,9 +34,11 @@ def compress(
     ] = "kept",
     json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
 ) -> None:
-    """Round weights to nearest and write them in the compressed-tensors layout, which hasten, vLLM and transformers load.
+    """Round a model's weights to 8 or 4 bits.
 
-    It takes seconds and needs no data: the baseline that better methods are measured against. Measure what it costs."""
+    They are written to a directory in the compressed-tensors layout, which hasten, vLLM and transformers load. Rounding to
+    nearest takes seconds and needs no data: it is the baseline that better methods are measured against. Measure its price.
+    """
     from hasten.models import export
 
     with progress_bar() as progress:

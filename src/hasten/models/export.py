@@ -1,7 +1,8 @@
 """Writing a model as a compressed checkpoint: a directory that hasten, vLLM and transformers load.
 
 The matrices of the layers are rounded (models/rounding.py). Embeddings and output layer stay as they are unless asked for:
-vLLM has read rounded embeddings only since late 2025, and with tied ones some versions still do not. Norms and biases stay.
+only recent versions of vLLM read rounded embeddings, and transformers 5.23 does not where they are tied. Norms and biases
+stay.
 """
 
 from __future__ import annotations

@@ -19,8 +19,7 @@ METHOD = "compressed-tensors"
 FORMATS = ("pack-quantized", "int-quantized", "naive-quantized")
 _STRATEGIES = ("group", "channel", "tensor")
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings")
-# What matching a name costs is bounded: characters of a pattern and of a name, repeats in a pattern, patterns.
-_PATTERN, _REPEATS, _PATTERNS = 200, 3, 64
+_CHARS, _REPEATS = 200, 3  # of a pattern (and a name), and of `*+?{` in it: what matching a name costs stays small
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +53,10 @@ class Quantisation:
                     self._exact.setdefault(target, scheme)
         self._ignored = {one for one in ignore if not one.startswith("re:")}
         self._unwanted = [re.compile(one[3:]) for one in ignore if one.startswith("re:")]
-        if len(self._patterns) + len(self._unwanted) > _PATTERNS:
+        count = len(self._patterns) + len(self._unwanted)
+        if count > LIMITS.patterns:
             raise UnsupportedError(
-                f"quantization_config holds {len(self._patterns) + len(self._unwanted)} patterns, {_PATTERNS} are read",
+                f"quantization_config holds {count} patterns, {LIMITS.patterns} are read",
                 hint="write the names of the modules out",
                 field="targets",
             )
@@ -67,7 +67,7 @@ class Quantisation:
         A module's own name goes before a pattern, a pattern before its class (Linear, or Embedding).
         """
         kind = "Embedding" if module.rpartition(".")[2] in _EMBEDDINGS else "Linear"
-        short = len(module) <= _PATTERN
+        short = len(module) <= _CHARS
         if {module, kind} & self._ignored or (short and any(one.match(module) for one in self._unwanted)):
             raise FormatError(f"{module} is stored compressed, but quantization_config ignores it", field="ignore")
         found = self._exact.get(module)
@@ -185,9 +185,9 @@ def _targets(value: Any, name: str) -> tuple[str, ...]:
         if one.startswith("re:"):
             plain = re.sub(r"\\.|\[[^]]*\]", "", one[3:])
             repeats = sum(plain.count(sign) for sign in "*+?{")
-            if len(one) > _PATTERN or repeats > _REPEATS or re.search(r"\)[*+?{]", plain) or re.search(r"\\[1-9]", one):
+            if len(one) > _CHARS or repeats > _REPEATS or re.search(r"\)[*+?{]", plain) or re.search(r"\\[1-9]", one):
                 raise UnsupportedError(
-                    f"{name} holds the pattern {one!r:.80}; patterns have up to {_PATTERN} characters and "
+                    f"{name} holds the pattern {one!r:.80}; patterns have up to {_CHARS} characters and "
                     f"{_REPEATS} repeats, none of a group",
                     hint="write the names of the modules out",
                     field="targets",
