@@ -40,14 +40,10 @@ def section(*groups: dict[str, Any], form: str = "pack-quantized", **changes: An
 
 
 def matrix(
-    module: str,
-    shape: tuple[int, int],
-    how: dict[str, Any],
-    seed: int = 0,
-    scales: str = "f16",
-    form: str = "pack-quantized",
-) -> tuple[dict[str, torch.Tensor], np.ndarray]:
-    """(stored tensors, values float32) of a random matrix; scales "short" have 7 significant bits."""
+    module: str, shape: tuple[int, int], how: dict[str, Any], seed: int = 0, scales: str = "f16",
+    form: str = "pack-quantized", down: int = 0,
+) -> tuple[dict[str, torch.Tensor], np.ndarray]:  # fmt: skip
+    """(stored tensors, values float32) of a random matrix; scales "short" have 7 significant bits; 2^-down smaller."""
     rng = np.random.default_rng(seed)
     (rows, cols), weights = shape, how["weights"]
     bits, group = weights["num_bits"], weights["group_size"] or cols
@@ -56,9 +52,8 @@ def matrix(
     zero = (
         np.zeros((rows, cols // group), int) if weights["symmetric"] else rng.integers(-half, half, (rows, cols // group))
     )
-    scale = torch.from_numpy(
-        rng.uniform(0.5, 1, (rows, cols // group)) * 2.0 ** rng.integers(-9, -3, (rows, cols // group))
-    )
+    size = 2.0 ** (rng.integers(-9, -3, zero.shape) - down)
+    scale = torch.from_numpy(rng.uniform(0.5, 1, zero.shape) * size)
     if scales == "short":
         fraction, exponent = np.frexp(scale.numpy())
         scale = torch.from_numpy(np.ldexp(np.rint(fraction * 128) / 128, exponent))

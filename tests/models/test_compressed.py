@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from contextlib import suppress
 
 import checkpoints
 import compressed_files
+import diffusion
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from hasten.engine.contracts import RowInput
+from hasten.engine.masks import FULL, BlockCausal
 from hasten.errors import FormatError, HastenError, MemoryFitError, UnsupportedError
 from hasten.kernels import library
 from hasten.kernels.weights import pack
@@ -154,6 +157,34 @@ def test_both_stacks_compute_with_the_stored_values(tmp_path, name):
     assert torch.equal(loaded.model.run([row]).logits.argmax(-1), want.argmax(-1))
     for values, tensor in loaded.model.weights.vectors.items():
         assert np.array_equal(tensor, mine[values].detach().numpy()), values
+
+
+KEPT = re.compile(r"embed|wte|lm_head|transformer\.ff_out|mlp\.gate$")
+
+
+@pytest.mark.parametrize("name", diffusion.VARIANTS)
+def test_every_diffusion_family_is_read_by_its_own_names(tmp_path, name):
+    """Fused and split projections, experts, padded and grouped layers: against the plain oracle on the stored values."""
+    config, how = diffusion.VARIANTS[name], scheme(8, True, None)
+    plain, stored = diffusion.state(config), {}
+    for i, (own, tensor) in enumerate(plain.items()):
+        module = own.removesuffix(".weight")
+        if tensor.ndim != 2 or KEPT.search(module):
+            stored[own] = tensor
+            continue
+        tensors, values = matrix(module, tuple(tensor.shape), how, i, down=6)
+        stored |= tensors
+        plain[own] = torch.from_numpy(values)
+    save_file(stored, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": section(how)}))
+    ids = torch.arange(3, 11)
+    size = diffusion.block_of(config)
+    want = diffusion.plain(config, plain, ids, None if size is None else diffusion.blocks(8, size))
+    visibility = FULL if size is None else BlockCausal(size)
+    for backbone in ("torch",) if name in diffusion.ON_TORCH else ("torch", "auto"):
+        model = load(tmp_path, backbone=backbone).model
+        got = model.run([RowInput(ids, torch.arange(8), visibility=visibility, logits="all")]).logits
+        assert torch.allclose(got, want, atol=1e-3 * float(want.abs().max()))
 
 
 @native

@@ -304,7 +304,7 @@ def _compressed(
         return _counted(((name, tensor.to(kind)) for name, tensor in values), config, path.name, progress)
 
     if not options.native or gap(config):
-        size = _fits(config.parameters, 4 * stored.largest, kind, path, options.force)
+        size = _fits(config.parameters, 8 * stored.largest, kind, path, options.force)
         return Loaded(Transformer.from_state(config, state(), kind), tokenizer, config, str(path), kind, size)
 
     def make() -> Weights:
@@ -313,7 +313,7 @@ def _compressed(
 
     size = stored.nbytes if options.kind != torch.bfloat16 else 2 * config.parameters
     each = f"{size / max(1, config.parameters):.1f} bytes each"
-    _room(size, 4 * stored.largest, each, config.parameters, path, options.force)
+    _room(size, 8 * stored.largest, each, config.parameters, path, options.force)
     weights_file = files[0] if len(files) == 1 else path
     own = f"{options.dtype} {rounded.digest}"
 

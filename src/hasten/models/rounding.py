@@ -1,9 +1,10 @@
 """Matrices rounded to nearest, as the tensors of a compressed checkpoint: the baseline other compressions are measured by.
 
-int8 and int4 follow the rule of loading with `weights=` (kernels/weights.py `nearest`). int4-min has a whole number as its
-zero point, as the layout wants it, where loading has a free minimum; its scales keep 7 significant bits, so that scale
-times zero point is a float16 too and the native stack multiplies the 4-bit blocks as they stand. Scales are float16; beside
-weights in bfloat16 they are rounded to that as well, since readers cast them to the model's precision.
+int8 and int4 follow the rule of loading with `weights=` (kernels/weights.py `nearest`); scales of int4 may be negative.
+int4-min has a whole number as its zero point, as the layout wants it, where loading has a free minimum; its scales keep 7
+significant bits, so that scale times zero point is a float16 too and the native stack multiplies the 4-bit blocks as they
+stand. Scales are float16; beside weights in bfloat16 they are rounded to that as well, since readers cast them to the
+model's precision.
 """
 
 from __future__ import annotations
