@@ -18,7 +18,8 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
     "Start": ("index.md", "getting-started.md", "concepts.md", "choosing.md", "footguns.md"),
     "Guides": (
         *("guide/structured.md", "guide/tuning.md", "guide/serving.md", "guide/security.md", "guide/batch.md"),
-        *("guide/ray.md", "eval.md", "bench.md", "guide/adding-a-method.md", "guide/adding-a-model.md"),
+        *("guide/ray.md", "guide/compressing.md", "eval.md", "bench.md"),
+        *("guide/adding-a-method.md", "guide/adding-a-model.md"),
     ),
     "Decoding": ("speculative.md", "diffusion.md", "native.md", "mini.md", "families.md"),
     "Methods": ("methods.md",),

@@ -8,7 +8,7 @@ import pytest
 
 from hasten.errors import UnknownNameError
 from hasten.models import catalog
-from hasten.models.load import _resolve
+from hasten.models.load import resolve
 from hasten.models.tokenizer import Tokenizer
 
 SHIPPED = sorted(path.parent.name for path in catalog.MINI.glob("*/card.json"))
@@ -37,7 +37,7 @@ def test_a_model_of_the_package_is_there_without_a_network(shelf):
     facts = catalog.get("mini-x").to_dict()
     assert facts["sha256"].startswith("5994471abb01112afcc18159f6cc74b4")
     assert (facts["sources"], facts["bytes"], facts["path"], facts["parameters"]) == (["package"], 5, str(shelf), 7)
-    assert _resolve("mini-x", None) == shelf
+    assert resolve("mini-x", None) == shelf
 
 
 def test_fetched_models_and_unknown_names_are_as_before(shelf):

@@ -8,7 +8,7 @@ from itertools import takewhile
 
 import typer
 
-from hasten.cli import bench, chat, doctor, eval, methods, pull, reproduce, run, serve, train, tune
+from hasten.cli import bench, chat, compress, doctor, eval, methods, pull, reproduce, run, serve, train, tune
 from hasten.errors import ConfigError, HastenError
 
 app = typer.Typer(
@@ -18,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Run language models faster, smaller and under control, on the machine you have.",
 )
-for command in (run, chat, serve, methods, pull, train, bench, tune, reproduce, eval, doctor):
+for command in (run, chat, serve, methods, pull, train, compress, bench, tune, reproduce, eval, doctor):
     command.register(app)
 
 

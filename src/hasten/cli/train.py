@@ -54,8 +54,11 @@ def train(
     threads: Annotated[int | None, typer.Option(help="CPU threads (default: all).")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
 ) -> None:
-    """Train a drafter on text the model writes itself, about 45 minutes for smollm2-135m on two cores; or one of the small
-    models on procedural tasks, 10 to 80 minutes. A run that is cut goes on where it was."""
+    """Train a drafter on text the model writes itself, or one of the small models.
+
+    A drafter takes about 45 minutes for smollm2-135m on two cores; a small model, on procedural tasks, 10 to 80. A run that
+    is cut goes on where it was.
+    """
     from hasten.errors import ConfigError, unknown_name
     from hasten.train.minis import MINIS, plain_name
     from hasten.train.recipes import RECIPES, Recipe

@@ -38,6 +38,7 @@ class Limits:
     string_bytes: int = _limit(64_000_000, "bytes", "one string in GGUF metadata")
     array_items: int = _limit(4_000_000, "items", "one array in GGUF metadata")
     config_bytes: int = _limit(10_000_000, "bytes", "one JSON config file")
+    patterns: int = _limit(64, "patterns", "patterns of module names in one quantization_config, of up to 200 characters")
     canvas_steps: int = _limit(262_144, "tokens", "canvas x steps of one request: what it may cost before it begins")
     prefix_share: float = _limit(0.25, "of the cache", "keys of finished prompts kept for the next that begins alike")
     grammar_bytes: int = _limit(1_000_000, "bytes", "one schema, regex or grammar")

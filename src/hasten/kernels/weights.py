@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,19 +115,15 @@ def quantize(weight: NDArray[np.float32], kind: str, group: int = _BLOCK) -> tup
     if group < _BLOCK or group % _BLOCK or cols % group:
         raise out_of_range("group", group, f"a multiple of {_BLOCK} that divides {cols}")
     grouped = np.ascontiguousarray(weight, np.float32).reshape(rows, cols // group, group)
-    low = grouped.min(-1, keepdims=True)
+    low = np.zeros((rows, cols // group, 1), np.float16)
     if kind == "int4-min":
+        low = grouped.min(-1, keepdims=True)
         scale = ((grouped.max(-1, keepdims=True) - low) / 15).astype(np.float16)
         low = low.astype(np.float16)
         q = np.rint((grouped - low.astype(np.float32)) / np.where(scale == 0, 1, scale).astype(np.float32)).clip(0, 15)
-    elif kind == "int4":
-        # the largest magnitude is put on -8, the end with one more step
-        extreme = np.take_along_axis(grouped, np.abs(grouped).argmax(-1, keepdims=True), -1)
-        scale = (extreme / -8).astype(np.float16)
-        q = np.rint(grouped / np.where(scale == 0, 1, scale).astype(np.float32)).clip(-8, 7) + 8
     else:
-        scale = (np.abs(grouped).max(-1, keepdims=True) / 127).astype(np.float16)
-        q = np.rint(grouped / np.where(scale == 0, 1, scale).astype(np.float32)).clip(-127, 127)
+        q, scale = nearest(grouped, kind)
+        q += 8 if kind == "int4" else 0
     blocks = cols // _BLOCK
 
     def per_block(values: NDArray[np.float16]) -> NDArray[np.uint8]:
@@ -141,6 +137,26 @@ def quantize(weight: NDArray[np.float32], kind: str, group: int = _BLOCK) -> tup
     if kind == "int4":
         return Q4_0, np.concatenate((per_block(scale), nibbles), -1)
     return Q4_1, np.concatenate((per_block(scale), per_block(low), nibbles), -1)
+
+
+def nearest(
+    grouped: NDArray[np.float32], kind: str, narrow: Callable[[NDArray[np.float16]], NDArray[np.float16]] | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.float16]]:
+    """(whole numbers float32 [rows, groups, n], scales [rows, groups, 1]) of symmetric int8 or int4, rounded to nearest.
+
+    A scale maps the largest magnitude of its group to 127, or to -8: the end of 4 bits that has one more step. `narrow`
+    rounds scales further than to float16.
+    """
+    if kind == "int4":
+        wide = np.take_along_axis(grouped, np.abs(grouped).argmax(-1, keepdims=True), -1) / -8
+        least, most = -8, 7
+    else:
+        wide = np.abs(grouped).max(-1, keepdims=True) / 127
+        least, most = -127, 127
+    scale = wide.astype(np.float16)
+    scale = scale if narrow is None else narrow(scale)
+    q = np.rint(grouped / np.where(scale == 0, 1, scale).astype(np.float32)).clip(least, most)
+    return q, scale
 
 
 def pack_rounded(weight: NDArray[np.float32], kind: str) -> Packed:
@@ -163,4 +179,4 @@ def read_bandwidth(nbytes: int = 256 << 20, times: int = 5) -> float:
     return nbytes / max(seconds, 1e-9)
 
 
-__all__ = ["F32", "Packed", "aligned", "pack", "pack_float", "packed_bytes", "quantize", "read_bandwidth"]
+__all__ = ["F32", "Packed", "aligned", "nearest", "pack", "pack_float", "packed_bytes", "quantize", "read_bandwidth"]

@@ -16,14 +16,17 @@ from hasten.engine.limits import LIMITS
 from hasten.errors import FormatError, UnsupportedError
 
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_INTEGERS = {"I64": 8, "I32": 4, "I8": 1}  # what compressed checkpoints store
 _OTHER = ("I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2")
 
 
-def check_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+def check_header(path: Path, integers: bool = False) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Tensor name -> (dtype, shape) of a safetensors file whose every claim fits the file.
 
-    Raises FormatError naming what does not, UnsupportedError for weights that are not floating point.
+    `integers`: whether those that compressed weights are made of may be in it. Raises FormatError naming what does not fit,
+    UnsupportedError for other types.
     """
+    sizes = {**_SIZES, **(_INTEGERS if integers else {})}
 
     def fail(field: str, problem: str) -> FormatError:
         return FormatError(f"{field} {problem}", path=str(path), field=field)
@@ -53,18 +56,18 @@ def check_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
             raise fail(name, "lacks dtype, shape or data_offsets")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if dtype in _OTHER:
+        if dtype in _OTHER and dtype not in sizes:
             raise UnsupportedError(
                 f"{path}: tensor {name} has type {dtype}; float weights are read", field=name,
-                hint="compressed checkpoints need their own loader",
+                hint="compressed weights are read where config.json has a quantization_config of compressed-tensors",
             )  # fmt: skip
-        if dtype not in _SIZES or not _integers(shape) or not _integers(offsets) or len(offsets) != 2:
+        if dtype not in sizes or not _integers(shape) or not _integers(offsets) or len(offsets) != 2:
             raise fail(name, "has a malformed dtype, shape or data_offsets")
         elements = 1
         for dim in shape:
             elements *= dim
         begin, end = offsets
-        if begin > end or end > size - 8 - length or end - begin != elements * _SIZES[dtype]:
+        if begin > end or end > size - 8 - length or end - begin != elements * sizes[dtype]:
             raise fail(name, f"claims bytes {begin}..{end}, which do not fit its shape or the file")
         spans.append((begin, end, name))
         out[name] = (dtype, tuple(shape))
@@ -83,12 +86,12 @@ def _integers(value: Any) -> bool:
 class Checkpoint:
     """One or more safetensors files read as one: `names`, `dtypes`, total `nbytes`, and `read(name)`."""
 
-    def __init__(self, files: Iterable[Path]) -> None:
+    def __init__(self, files: Iterable[Path], integers: bool = False) -> None:
         self._where: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
         self.shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
         for path in files:
-            for name, entry in check_header(path).items():
+            for name, entry in check_header(path, integers).items():
                 if name in self._where:
                     raise FormatError(f"tensor {name} is stored twice", path=str(path), field=name)
                 self._where[name], self.shapes[name] = path, entry
@@ -135,7 +138,10 @@ class Named:
         if name not in self._stored:
             raise FormatError(f"weights: tensor {name} is missing", field=name)
         self._used.add(name)
-        return self._read(self._stored[name])
+        tensor = self._read(self._stored[name])
+        if not tensor.ndim:
+            raise FormatError(f"weights: tensor {name} is a single number", field=name)
+        return tensor
 
     def fuse(self, *parts: str) -> Tensor:
         """The rows of several tensors, one after another."""

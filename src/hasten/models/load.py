@@ -29,11 +29,13 @@ from hasten.kernels.library import ACTIVATIONS, KV_TYPES, available, missing
 from hasten.kernels.weights import KINDS
 from hasten.models import catalog
 from hasten.models.checkpoint import Checkpoint, checkpoint_files
+from hasten.models.compressed import CompressedCheckpoint
 from hasten.models.config import AdaptedConfig, ModelConfig
 from hasten.models.families import config_from_hf, state_from_hf
 from hasten.models.gguf import open_gguf
 from hasten.models.memory import available_bytes
-from hasten.models.packing import Weights, cached, from_gguf, from_state, gap
+from hasten.models.packing import Weights, cached, from_compressed, from_gguf, from_state, gap
+from hasten.models.scheme import Quantisation, quantisation
 from hasten.models.tokenizer import Tokenizer, read_json
 from hasten.models.transformer import Transformer
 
@@ -119,7 +121,7 @@ def load(source: str | Path, *, progress: Progress | None = None, **how: Any) ->
     Raises UnknownNameError, DownloadError, FormatError, UnsupportedError, MemoryFitError, ConfigError.
     """
     options = Options(**how)
-    path = _resolve(source, progress)
+    path = resolve(source, progress)
     if path.is_dir():
         return _directory(path, options, progress)
     if path.suffix == ".gguf":
@@ -129,8 +131,8 @@ def load(source: str | Path, *, progress: Progress | None = None, **how: Any) ->
     raise FormatError("is neither a directory, a .gguf nor a .safetensors file", path=str(path))
 
 
-def _resolve(source: str | Path, progress: Progress | None) -> Path:
-    """The local path of a source, fetched when it is a catalog name or a hub id."""
+def resolve(source: str | Path, progress: Progress | None = None) -> Path:
+    """The local path of a source, fetched when it is a catalog name or a hub id; raises as `load` does."""
     text = str(source)
     if not text:
         raise ConfigError("model is empty; model must be a name, a path or a hub id", field="model")
@@ -223,11 +225,17 @@ def _gguf(path: Path, options: Options, progress: Progress | None) -> Loaded:
 
 
 def _native(
-    config: ModelConfig, options: Options, path: Path, make: Callable[[], Weights], oracle: Callable[[], Transformer]
+    config: ModelConfig,
+    options: Options,
+    path: Path,
+    make: Callable[[], Weights],
+    oracle: Callable[[], Transformer],
+    how: str = "",
 ) -> NativeStack:
+    """The native stack of a model; `how` says more of how its weights are packed than `options` do."""
     from hasten.models.native import NativeStack
 
-    weights = cached(path, f"{options.dtype} {options.weights}", make, config)
+    weights = cached(path, f"{how or options.dtype} {options.weights}", make, config)
     own = None if options.weights != "stored" else lambda: oracle().pack()
     return NativeStack(config, weights, activations=options.activations, cache=options.cache, oracle=own)
 
@@ -236,6 +244,7 @@ def _directory(path: Path, options: Options, progress: Progress | None, files: l
     raw = read_json(path / "config.json")
     if not raw:
         raise FormatError("holds no config.json", path=str(path))
+    rounded = quantisation(raw)
     generation = read_json(path / "generation_config.json")
     tokenizer = Tokenizer.from_dir(path) if (path / "tokenizer.json").is_file() else None
     try:
@@ -243,11 +252,20 @@ def _directory(path: Path, options: Options, progress: Progress | None, files: l
     except UnsupportedError as error:
         if error.field != "model_type" or not isinstance(raw.get("model_type"), str):
             raise
+        if rounded is not None:
+            raise UnsupportedError(
+                f"{path.name}: compressed weights of model type {raw['model_type']!r}, which runs through transformers, "
+                "are not read",
+                hint="take the model's plain weights",
+                field="quantization_config",
+            ) from None
         return _adapted(path, raw, options, files, tokenizer)
     lacking = gap(config)
     if lacking:
         _torch_only(options, f"{path.name}: the native stack has no {lacking}, so that this model runs on torch")
     files = files or checkpoint_files(path)
+    if rounded is not None:
+        return _compressed(path, config, tokenizer, options, progress, files, rounded)
     stored = Checkpoint(files)
     kind = options.kind or (torch.float32 if stored.dtype == torch.float16 else stored.dtype)
 
@@ -266,6 +284,46 @@ def _directory(path: Path, options: Options, progress: Progress | None, files: l
             progress(f"loading {path.name}", config.parameters, config.parameters)
         return Loaded(model, tokenizer, config, str(path), kind, model.weights.nbytes)
     return Loaded(Transformer.from_state(config, state(), kind), tokenizer, config, str(path), kind, size)
+
+
+def _compressed(
+    path: Path,
+    config: ModelConfig,
+    tokenizer: Tokenizer | None,
+    options: Options,
+    progress: Progress | None,
+    files: list[Path],
+    rounded: Quantisation,
+) -> Loaded:
+    """A checkpoint with rounded weights: the same values on both stacks, as they are stored on the native one."""
+    stored = CompressedCheckpoint(files, rounded)
+    kind = options.kind or torch.float32  # what codes and scales stand for needs it
+
+    def state() -> Iterator[tuple[str, Tensor]]:
+        values = state_from_hf(config, stored.names, stored.read)
+        return _counted(((name, tensor.to(kind)) for name, tensor in values), config, path.name, progress)
+
+    if not options.native or gap(config):
+        size = _fits(config.parameters, 8 * stored.largest, kind, path, options.force)
+        return Loaded(Transformer.from_state(config, state(), kind), tokenizer, config, str(path), kind, size)
+
+    def make() -> Weights:
+        places = state_from_hf(config, stored.names, stored.rows)
+        return from_compressed(config, places, stored, options.kind, options.weights, progress)
+
+    size = stored.nbytes if options.kind != torch.bfloat16 else 2 * config.parameters
+    each = f"{size / max(1, config.parameters):.1f} bytes each"
+    _room(size, 8 * stored.largest, each, config.parameters, path, options.force)
+    weights_file = files[0] if len(files) == 1 else path
+    own = f"{options.dtype} {rounded.digest}"
+
+    def oracle() -> Transformer:
+        return Transformer.from_state(config, state(), torch.float32)
+
+    model = _native(config, options, weights_file, make, oracle, own)
+    if progress is not None:
+        progress(f"loading {path.name}", config.parameters, config.parameters)
+    return Loaded(model, tokenizer, config, str(path), kind, model.weights.nbytes)
 
 
 def _torch_only(options: Options, reason: str) -> None:

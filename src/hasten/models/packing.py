@@ -1,4 +1,5 @@
-"""Weights for the native stack: packed from a GGUF file or from tensors, and kept on disk, mapped, for the next time.
+"""Weights for the native stack: packed from a GGUF file, a compressed checkpoint or tensors; kept on disk, mapped, for the
+next time.
 
 A packed file: magic, length of the header, header (JSON: what it was made from, then name, kind, shape, offset and bytes
 of every entry), then the entries, each on a cache line. Matrices are in the layouts of `kernels/native/layout.h`.
@@ -10,7 +11,7 @@ import hashlib
 import json
 import mmap
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hasten.errors import FormatError, HastenError
-from hasten.kernels.library import ABI, F16, F32, Q4_0, Q4_1, Q4_K, Q5_0, Q6_K, Q8_0
+from hasten.kernels.library import ABI, BF16, F16, F32, Q4_0, Q4_1, Q4_K, Q5_0, Q6_K, Q8_0
 from hasten.kernels.weights import ALIGN, Packed, pack, pack_float, pack_rounded
+from hasten.models.compressed import CompressedCheckpoint
 from hasten.models.config import ModelConfig
 from hasten.models.fetch import cache_dir
 from hasten.models.gguf import GGUFFile
@@ -31,6 +33,7 @@ _MAGIC = b"hastenpk"
 _HEADER = 1 << 24  # bytes a header may have at most
 WORTH = 8 << 20  # bytes of a model from which keeping its packed form pays
 _STORED = {"F32": F32, "F16": F16, "Q4_0": Q4_0, "Q4_1": Q4_1, "Q5_0": Q5_0, "Q8_0": Q8_0, "Q4_K": Q4_K, "Q6_K": Q6_K}
+_PLAIN = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
 Progress = Callable[[str, int, int], None]
 
 
@@ -145,38 +148,121 @@ def from_state(
 
     Raises FormatError naming every missing, unexpected or wrongly shaped tensor.
     """
-    done = Weights()
-    c, shapes = config, matrix_shapes(config)
+    done, problems = Weights(), _Problems(config)
+    for name, tensor in tensors:
+        values = tensor.detach().float().numpy()
+        if _vector(done, problems, name, values):
+            continue
+        for own, at in _pieces(config, name, len(values)):
+            if problems.fits(own, name, values[at].shape):
+                done.matrices[own] = _pack_values(own, values[at], dtype, rounded)
+    return _whole(done, problems)
+
+
+def from_compressed(
+    config: ModelConfig,
+    places: Iterable[tuple[str, Tensor]],
+    stored: CompressedCheckpoint,
+    dtype: torch.dtype | None = None,
+    rounded: str = "stored",
+    progress: Progress | None = None,
+) -> Weights:
+    """Packed weights of a compressed checkpoint: its blocks as they are, or rounded as `from_gguf` does.
+
+    `places` are our names with row ids in place of matrices (`CompressedCheckpoint.rows`). What no block type can hold
+    exactly becomes float32. Raises FormatError as `from_state` does.
+    """
+    done, problems, read = Weights(), _Problems(config), 0
+    for name, tensor in places:
+        if _vector(done, problems, name, tensor if tensor.dtype == torch.int64 else tensor.detach().float().numpy()):
+            continue
+        if tensor.ndim != 2:
+            problems.found.append(f"{name} has shape {tuple(tensor.shape)}")
+            continue
+        for own, at in _pieces(config, name, len(tensor)):
+            source, rows, cols = stored.find(tensor[at])
+            if problems.fits(own, name, (len(rows), cols)):
+                done.matrices[own] = _pack_compressed(own, stored, source, rows, dtype, rounded)
+                read += len(rows) * cols
+        if progress is not None:
+            progress("packing", min(read, config.parameters), config.parameters)
+    return _whole(done, problems)
+
+
+def _pack_compressed(
+    place: str,
+    stored: CompressedCheckpoint,
+    name: str,
+    rows: NDArray[np.int64],
+    dtype: torch.dtype | None,
+    rounded: str,
+) -> Packed:
+    matrix = stored.matrix(name)
+    if matrix is None:
+        values = stored.read(name)
+        if len(rows) != len(values) or (rows != np.arange(len(rows))).any():
+            values = values[torch.from_numpy(rows)]
+        source = _PLAIN.get(values.dtype)
+        if source is not None and rounded == "stored" and dtype != torch.bfloat16 and (dtype is None or source != BF16):
+            return pack(source, values.contiguous().view(torch.uint8).numpy(), *values.shape)
+        return _pack_values(place, values.float().numpy(), dtype, rounded)
+    matrix = matrix.take(rows)
+    blocks = matrix.blocks() if dtype != torch.bfloat16 and rounded == "stored" else None
+    if blocks is not None:
+        return pack(*blocks, len(rows), matrix.cols)
+    return _pack_values(place, matrix.decode(), dtype, rounded)
+
+
+class _Problems:
+    """What does not fit while the weights of a stack are gathered."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config, self.found = config, list[str]()
+        self.matrices, self.vectors = matrix_shapes(config), vector_shapes(config)
+
+    def fits(self, own: str, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether a matrix of this shape has a place."""
+        if self.matrices.get(own) != shape:
+            self.found.append(f"{name} has shape {shape}" if own in self.matrices else f"unexpected {name}")
+            return False
+        return True
+
+
+def _vector(done: Weights, problems: _Problems, name: str, values: Any) -> bool:
+    """Take up a norm or a bias; False for a matrix."""
+    expected = problems.vectors
+    if not name.endswith(".bias") and name not in expected:
+        return False
+    if expected.get(name) != tuple(values.shape):
+        problems.found.append(f"{name} has shape {tuple(values.shape)}, not {expected.get(name)}")
+    done.vectors[name] = np.ascontiguousarray(values)
+    return True
+
+
+def _pieces(config: ModelConfig, name: str, rows: int) -> Iterator[tuple[str, slice]]:
+    """The matrices that a parameter of ours is made of, and which of its rows each has."""
+    c = config
     q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
     fused = {"qkv": (("q", q), ("k", kv), ("v", kv)), "gate_up": (("gate", c.ffn), ("up", c.ffn))}
-    problems: list[str] = []
-    expected = vector_shapes(config)
-    for name, tensor in tensors:
-        stem, leaf = name.rsplit(".", 1)
-        values = tensor.detach().float().numpy()
-        if leaf == "bias" or name in expected:
-            if expected.get(name) != values.shape:
-                problems.append(f"{name} has shape {values.shape}, not {expected.get(name)}")
-            done.vectors[name] = np.ascontiguousarray(values)
-            continue
-        prefix, _, last = stem.rpartition(".")
-        at = 0
-        for part, rows in fused.get(last, ((last, len(values)),)):
-            own = f"{prefix}.{part}" if prefix else part
-            piece = values[at : at + rows]
-            if shapes.get(own) != piece.shape:
-                problems.append(f"{name} has shape {values.shape}" if own in shapes else f"unexpected {name}")
-                break
-            done.matrices[own] = _pack_values(own, piece, dtype, rounded)
-            at += rows
-    if c.tied and "embed" in done.matrices:
+    prefix, _, last = name.rpartition(".")[0].rpartition(".")
+    at = 0
+    for part, size in fused.get(last, ((last, rows),)):
+        yield f"{prefix}.{part}" if prefix else part, slice(at, at + size)
+        at += size
+
+
+def _whole(done: Weights, problems: _Problems) -> Weights:
+    """The weights, if nothing is missing or wrong; raises FormatError."""
+    if problems.config.tied and "embed" in done.matrices:
         done.matrices["head"] = done.matrices["embed"]
-    problems += [
-        f"missing {name}" for name in (*shapes, *expected) if name not in done.matrices and name not in done.vectors
+    found = problems.found + [
+        f"missing {name}"
+        for name in (*problems.matrices, *problems.vectors)
+        if name not in done.matrices and name not in done.vectors
     ]
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise FormatError(f"weights do not fit a {config.family} model: {shown}", field="weights")
+    if found:
+        shown = "; ".join(found[:8]) + (f"; and {len(found) - 8} more" if len(found) > 8 else "")
+        raise FormatError(f"weights do not fit a {problems.config.family} model: {shown}", field="weights")
     return done
 
 

@@ -222,6 +222,32 @@ class Tokenizer:
             special=control,
         )
 
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, chat template included; `from_dir` reads the same tokenizer back.
+
+        Raises UnsupportedError for one whose special tokens these files cannot tell.
+        """
+        spec = json.loads(self._fast.to_str())
+        bos = None if self.bos_id is None else self.token_text(self.bos_id)
+        if self.add_bos and bos is not None:
+            start, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+            second = {"Sequence": {"id": "B", "type_id": 0}}
+            special = {bos: {"id": bos, "ids": [self.bos_id], "tokens": [bos]}}
+            spec["post_processor"] = {
+                "type": "TemplateProcessing", "single": [start, text], "pair": [start, text, second],
+                "special_tokens": special,
+            }  # fmt: skip
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        ids = {"bos": self.bos_id, "eos": next(iter(self.eos_ids), None), "pad": self.pad_id, "mask": self.mask_id}
+        config |= {f"{name}_token": self.token_text(i) for name, i in ids.items() if i is not None}
+        config |= {"add_bos_token": self.add_bos, "chat_template": self.chat_template}
+        for name, content in (("tokenizer.json", spec), ("tokenizer_config.json", config)):
+            (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        again = Tokenizer.from_dir(folder)
+        for name in ("bos_id", "pad_id", "mask_id", "add_bos", "special_ids", "chat_template", "vocab_size"):
+            if getattr(self, name) != getattr(again, name):
+                raise UnsupportedError(f"the tokenizer's {name} cannot be written to a directory", field=name)
+
     # --- text to ids ---
 
     @property
