@@ -176,9 +176,7 @@ class Turn:
         positions = torch.from_numpy(np.arange(base, base + self.count))  # numpy: half of torch's time for so few numbers
         if not len(self.draft):
             want: Literal["all", "last", "none"] = "all" if self.heard else "last" if self.ready else "none"
-            return RowInput(
-                torch.from_numpy(np.array(tokens)), positions, row.cache, CAUSAL, want, pseudo=pseudo, anchors=anchors
-            )
+            return RowInput(tokens, positions, row.cache, CAUSAL, want, pseudo=pseudo, anchors=anchors)
         root = self.count - 1
         chain = tuple(range(-1, root))
         parents = chain + tuple(root if p < 0 else root + 1 + p for p in self.draft.parents)

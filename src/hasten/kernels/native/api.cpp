@@ -94,8 +94,8 @@ template <class A>
 int grow_acts(A &a, int64_t tokens, int64_t cols, int64_t &bytes) {
   a.cols = (cols + TILE - 1) / TILE * TILE;
   const int64_t tiles = tokens * (a.cols / TILE);
-  return grow(a.f, tokens * a.cols, bytes) || grow(a.q, tokens * a.cols, bytes) || grow(a.scale, tiles, bytes) ||
-         grow(a.total, tiles, bytes) || grow(a.whole, tiles, bytes);
+  return grow(a.f, tokens * a.cols, bytes) || grow(a.q, 3 * tokens * a.cols, bytes) || grow(a.scale, tiles, bytes) ||
+         grow(a.total, tiles, bytes) || grow(a.whole, 6 * tiles, bytes);  // up to three digits
 }
 
 template <class A>

@@ -62,6 +62,15 @@ inline void store_entry(uint8_t *p, int type, const float *x, int dim) {
   }
 }
 
+constexpr int KEYS_AHEAD = 16;
+
+// Asks for entry j of the list, which will be wanted soon; single slots are not worth it.
+inline void entry_ahead(const Keys &keys, const Visible &seen, int j) {
+  if (j >= seen.range) return;
+  const uint8_t *at = keys.at + (int64_t)(seen.lo + j) * keys.stride;
+  for (int64_t i = 0; i < keys.stride; i += 64) prefetch(at + i);
+}
+
 constexpr int HEADS_AT_ONCE = 4;
 
 constexpr int KEYS = 4;  // keys whose scores are added up together
@@ -73,6 +82,7 @@ inline void score_keys(const float *q, int dim, const Keys &keys, const Visible 
     const int n = seen.count - j < KEYS ? seen.count - j : KEYS;
     const uint8_t *k[KEYS];
     for (int i = 0; i < KEYS; i++) k[i] = keys.at + seen.slot(i < n ? j + i : j) * keys.stride;
+    for (int i = 0; i < KEYS; i++) entry_ahead(keys, seen, j + KEYS_AHEAD + i);
     vf s[G][KEYS];
     for (int g = 0; g < G; g++)
       for (int i = 0; i < KEYS; i++) s[g][i] = set(0.0f);
@@ -135,6 +145,7 @@ inline void mix_strip(const float *weights, int64_t room, int dim, const Keys &v
     for (int i = 0; i < WIDE; i++) sums[g][i] = set(0.0f);
   for (int j = 0; j < seen.count; j++) {
     const uint8_t *v = values.at + seen.slot(j) * values.stride;
+    if (from == 0) entry_ahead(values, seen, j + KEYS_AHEAD);
     const float scale = entry_scale(v, TYPE, dim);
     vf value[WIDE];
     for (int i = 0; i < WIDE; i++) value[i] = load_entry(v, TYPE, from + i * LANES, WIDE > 1 ? LANES : n);

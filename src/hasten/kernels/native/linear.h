@@ -2,45 +2,90 @@
 //
 // Every token's sum runs over the columns in the same order whatever T is, with the same instructions, so that a row's
 // result never depends on its neighbours. A template takes TT tokens through one reading of the weights.
+//
+// Where the processor multiplies bytes fast (DIGITS > 1), EXACT activations are taken as whole numbers of 23 bits, one power
+// of two as scale per 32 columns, in three digits of 8 bits: their products with quants are exact, and what is rounded away
+// is no more than float32 sums lose. Elsewhere they stay float32.
 #pragma once
 #include "layout.h"
 
-// Activations of T tokens with `cols` columns: floats, and for INT8 their 8-bit form, one scale and sum per 32 columns.
+// Activations of T tokens with `cols` columns: floats, and their form in bytes: tile after tile, digit after digit (INT8: one
+// digit) the 32 columns' bytes, lowest digit first. A tile has one scale and one sum, a digit the sums of its halves.
 struct Acts {
   float *f;        // [T, cols]
-  int8_t *q;       // [T, cols]
+  int8_t *q;       // [T, cols / 32, digits, 32]
   float *scale;    // [T, cols / 32]
-  float *total;    // [T, cols / 32] sum of the values (INT8: of the quantised ones)
-  int32_t *whole;  // [T, cols / 32] sum of q
+  float *total;    // [T, cols / 32] sum of the values (in bytes: of the rounded ones)
+  int32_t *whole;  // [T, cols / 32, digits, 2] sums of 16 columns of q
   int cols, tiles;
   bool int8;
 };
 
-// The 8-bit form (INT8) or the sum (EXACT) of columns 32 b .. 32 b + 31 of token t.
-inline void finish_tile(const Acts &a, int t, int b) {
+template <int D>
+inline const int8_t *bytes_of(const Acts &a, int t, int b) { return a.q + (int64_t)(t * a.tiles + b) * D * TILE; }
+template <int D>
+inline const int32_t *halves_of(const Acts &a, int t, int b) { return a.whole + (int64_t)(t * a.tiles + b) * D * 2; }
+
+inline int exponent(float x) {  // of a number that is not negative
+  int32_t bits;
+  memcpy(&bits, &x, 4);
+  return (bits >> 23) - 127;
+}
+inline float power_of_two(int e) {
+  const int32_t bits = (e + 127) << 23;
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
+constexpr float MOST = 127 * 65536 + 127 * 256 + 127;  // of three digits
+
+// Columns 32 b .. 32 b + 31 of token t as D digits per number.
+template <int D>
+inline void finish_bytes(const Acts &a, int t, int b) {
   const float *x = a.f + (int64_t)t * a.cols + b * TILE;
   const int at = t * a.tiles + b;
   const vf lo = load(x), hi = load(x + 16);
-  if (!a.int8) {
-    a.total[at] = sum(add(lo, hi));
-    return;
-  }
   const float all = sum(add(lo, hi)), peak = largest(max(abs(lo), abs(hi)));
-  int8_t *q = a.q + (int64_t)t * a.cols + b * TILE;
+  int8_t *q = a.q + (int64_t)at * D * TILE;
+  int32_t *whole = a.whole + (int64_t)at * D * 2;
   if (all - all != 0.0f) {  // a value is not finite: it must not be lost in rounding
-    memset(q, 0, TILE);
-    a.whole[at] = 0;
+    memset(q, 0, D * TILE);
+    memset(whole, 0, D * 2 * sizeof(int32_t));
     a.scale[at] = a.total[at] = all - all;
     return;
   }
-  const float up = peak > 0 ? 127.0f / peak : 0.0f;
+  float up = peak > 0 ? 127.0f / peak : 0.0f, scale = peak / 127.0f;
+  if (D > 1) {
+    const int e = exponent(peak);
+    up = e < -100 ? 0.0f : power_of_two(22 - e);  // what is smaller counts as nothing
+    if (peak * up > MOST) up *= 0.5f;
+    scale = up > 0 ? 1.0f / up : 0.0f;
+  }
   const vf wl = round(mul(lo, set(up))), wh = round(mul(hi, set(up)));
-  to_i8(q, wl);
-  to_i8(q + 16, wh);
-  const int32_t whole = (int32_t)sum(add(wl, wh));  // at most 32 * 127: exact
-  a.scale[at] = peak / 127.0f;
-  a.whole[at] = whole;
-  a.total[at] = a.scale[at] * (float)whole;
+  put_digits<D>(q, wl);
+  put_digits<D>(q + 16, wh);
+  float sums = 0.0f;
+  for (int d = D; d-- > 0;) {
+    for (int half = 0; half < 2; half++) {
+      int32_t s = 0;
+      for (int k = 0; k < 16; k++) s += q[d * TILE + half * 16 + k];
+      whole[2 * d + half] = s;
+    }
+    sums = 256.0f * sums + (float)(whole[2 * d] + whole[2 * d + 1]);
+  }
+  a.scale[at] = scale;
+  a.total[at] = scale * sums;
+}
+
+// The form of columns 32 b .. 32 b + 31 of token t that products want.
+inline void finish_tile(const Acts &a, int t, int b) {
+  if (a.int8) finish_bytes<1>(a, t, b);
+  else if (DIGITS > 1) finish_bytes<DIGITS>(a, t, b);
+  else {
+    const float *x = a.f + (int64_t)t * a.cols + b * TILE;
+    a.total[t * a.tiles + b] = sum(add(load(x), load(x + 16)));
+  }
 }
 
 constexpr int AHEAD = 2560;  // bytes read ahead of the multiplication
@@ -51,18 +96,29 @@ inline void read_ahead(const uint8_t *p, int bytes) {
 
 // --- tiles of 4-bit quants: sums of q x over 32 columns, as numbers ---
 
-template <int TT>
-inline void nibbles_int8(const uint8_t *tile, const Acts &a, int t0, int b, vf *out, bool centred) {
-  vi acc[TT];
-  for (int t = 0; t < TT; t++) acc[t] = centred ? set_i(-8 * a.whole[(t0 + t) * a.tiles + b]) : zero();
+// The number whose digits are sums d[0], d[1], ...
+template <int D>
+inline vf number(const vi *d) {
+  vf out = to_float(d[D - 1]);
+  for (int i = D - 1; i-- > 0;) out = fma(out, set(256.0f), to_float(d[i]));
+  return out;
+}
+
+template <int TT, int D>
+inline void nibbles_bytes(const uint8_t *tile, const Acts &a, int t0, int b, vf *out, bool centred) {
+  vi acc[TT][D];
+  for (int t = 0; t < TT; t++) {
+    const int32_t *whole = halves_of<D>(a, t0 + t, b);
+    for (int d = 0; d < D; d++) acc[t][d] = centred ? set_i(-8 * (whole[2 * d] + whole[2 * d + 1])) : zero();
+  }
   for (int c = 0; c < 4; c++) {
     const vi w = load_bytes(tile + 64 * c), lo = low_nibbles(w), hi = high_nibbles(w);
     for (int t = 0; t < TT; t++) {
-      const int8_t *x = a.q + (int64_t)(t0 + t) * a.cols + b * TILE + 4 * c;
-      acc[t] = dot_u(dot_u(acc[t], lo, x), hi, x + 16);
+      const int8_t *x = bytes_of<D>(a, t0 + t, b) + 4 * c;
+      for (int d = 0; d < D; d++) acc[t][d] = dot_u(dot_u(acc[t][d], lo, x + d * TILE), hi, x + d * TILE + 16);
     }
   }
-  for (int t = 0; t < TT; t++) out[t] = to_float(acc[t]);
+  for (int t = 0; t < TT; t++) out[t] = number<D>(acc[t]);
 }
 
 template <int TT>
@@ -88,23 +144,21 @@ inline void nibbles_exact(const uint8_t *tile, const Acts &a, int t0, int b, vf 
 
 // --- tiles of 8-bit quants; chunks first..last-1 of four columns each ---
 
-template <int TT>
-inline void bytes_int8(const uint8_t *tile, const Acts &a, int t0, int b, vf *out, int first, int last) {
-  vi acc[TT];
+template <int TT, int D>
+inline void bytes_bytes(const uint8_t *tile, const Acts &a, int t0, int b, vf *out, int first, int last) {
+  vi acc[TT][D];
   for (int t = 0; t < TT; t++) {
-    int32_t whole = a.whole[(t0 + t) * a.tiles + b];
-    if (last - first < 8) {
-      const int8_t *x = a.q + (int64_t)(t0 + t) * a.cols + b * TILE;
-      whole = 0;
-      for (int k = 4 * first; k < 4 * last; k++) whole += x[k];
-    }
-    acc[t] = start_s(whole);
+    const int32_t *whole = halves_of<D>(a, t0 + t, b);
+    for (int d = 0; d < D; d++) acc[t][d] = start_s((first ? 0 : whole[2 * d]) + (last == 8 ? whole[2 * d + 1] : 0));
   }
   for (int c = first; c < last; c++) {
     const vi w = ready_s(load_bytes(tile + 64 * c));
-    for (int t = 0; t < TT; t++) acc[t] = dot_s(acc[t], w, a.q + (int64_t)(t0 + t) * a.cols + b * TILE + 4 * c);
+    for (int t = 0; t < TT; t++) {
+      const int8_t *x = bytes_of<D>(a, t0 + t, b) + 4 * c;
+      for (int d = 0; d < D; d++) acc[t][d] = dot_s(acc[t][d], w, x + d * TILE);
+    }
   }
-  for (int t = 0; t < TT; t++) out[t] = to_float(acc[t]);
+  for (int t = 0; t < TT; t++) out[t] = number<D>(acc[t]);
 }
 
 template <int TT>
@@ -128,13 +182,15 @@ inline void bytes_exact(const uint8_t *tile, const Acts &a, int t0, int b, vf *o
 
 template <int TT, bool INT8>
 inline void nibbles(const uint8_t *tile, const Acts &a, int t0, int b, vf *out, bool centred) {
-  if (INT8) nibbles_int8<TT>(tile, a, t0, b, out, centred);
+  if (INT8) nibbles_bytes<TT, 1>(tile, a, t0, b, out, centred);
+  else if (DIGITS > 1) nibbles_bytes<TT, DIGITS>(tile, a, t0, b, out, centred);
   else nibbles_exact<TT>(tile, a, t0, b, out, centred);
 }
 
 template <int TT, bool INT8>
 inline void bytes(const uint8_t *tile, const Acts &a, int t0, int b, vf *out, int first, int last) {
-  if (INT8) bytes_int8<TT>(tile, a, t0, b, out, first, last);
+  if (INT8) bytes_bytes<TT, 1>(tile, a, t0, b, out, first, last);
+  else if (DIGITS > 1) bytes_bytes<TT, DIGITS>(tile, a, t0, b, out, first, last);
   else bytes_exact<TT>(tile, a, t0, b, out, first, last);
 }
 
@@ -142,7 +198,7 @@ inline void bytes(const uint8_t *tile, const Acts &a, int t0, int b, vf *out, in
 template <int TT, bool INT8>
 inline void scaled(vf *acc, vf scale, const vf *part, const Acts &a, int t0, int b) {
   for (int t = 0; t < TT; t++) {
-    const vf s = INT8 ? mul(scale, set(a.scale[(t0 + t) * a.tiles + b])) : scale;
+    const vf s = INT8 || DIGITS > 1 ? mul(scale, set(a.scale[(t0 + t) * a.tiles + b])) : scale;
     acc[t] = fma(s, part[t], acc[t]);
   }
 }
@@ -223,10 +279,12 @@ inline void group_float(int layout, int cols, const uint8_t *p, const Acts &a, i
 template <int TT>
 inline void group_of(const HastenMatrix &m, int g, const Acts &a, int t0, vf *acc) {
   const uint8_t *p = (const uint8_t *)m.data + g * group_bytes(m.layout, m.cols);
-  for (int t = 0; t < TT; t++) acc[t] = set(0.0f);
-  if (!quantised(m.layout)) group_float<TT>(m.layout, m.cols, p, a, t0, acc);
-  else if (a.int8) group_quantised<TT, true>(m.layout, p, a, t0, acc);
-  else group_quantised<TT, false>(m.layout, p, a, t0, acc);
+  vf own[TT];  // nobody else's: it can stay in registers
+  for (int t = 0; t < TT; t++) own[t] = set(0.0f);
+  if (!quantised(m.layout)) group_float<TT>(m.layout, m.cols, p, a, t0, own);
+  else if (a.int8) group_quantised<TT, true>(m.layout, p, a, t0, own);
+  else group_quantised<TT, false>(m.layout, p, a, t0, own);
+  for (int t = 0; t < TT; t++) acc[t] = own[t];
 }
 
 constexpr int AT_ONCE = 8;   // most tokens that one reading of the weights serves

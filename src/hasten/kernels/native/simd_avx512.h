@@ -38,7 +38,16 @@ inline vf from_bfloat16(const void *p) {
 }
 inline vf from_i8(const void *p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p))); }
 inline vf from_u8(const void *p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p))); }
-inline void to_i8(int8_t *p, vf v) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v))); }
+constexpr int DIGITS = 3;  // of an EXACT activation in bytes
+// Digits of whole numbers of up to 23 bits, 32 bytes from one digit to the next, lowest first, each -128..127.
+template <int D>
+inline void put_digits(int8_t *p, vf whole) {
+  vi v = _mm512_cvtps_epi32(whole);
+  for (int d = 0; d < D; d++) {
+    _mm_storeu_si128((__m128i *)(p + 32 * d), _mm512_cvtepi32_epi8(v));
+    v = _mm512_srai_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(128)), 8);
+  }
+}
 
 inline vi zero() { return _mm512_setzero_si512(); }
 inline vi set_i(int32_t x) { return _mm512_set1_epi32(x); }
