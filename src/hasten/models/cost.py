@@ -105,7 +105,8 @@ def machine_key(model: NativeStack) -> str:
     """What a measurement holds for, besides the model itself."""
     threads = library.native().hasten_threads()
     layouts = sorted({one.layout for one in model.weights.matrices.values()})
-    return f"{processor()}, {library.level()} {_KERNELS}, {threads} threads, {model.activations}, cache {model.cache_type}, {layouts}"
+    kernels = f"{library.level()} {_KERNELS}, {threads} threads"
+    return f"{processor()}, {kernels}, {model.activations}, cache {model.cache_type}, {layouts}"
 
 
 def profile(model: NativeStack, name: str) -> PassTimes:
