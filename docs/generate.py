@@ -384,6 +384,9 @@ def minis() -> str:
     parts = []
     for path in sorted(MINI.glob("*/card.json")):
         one = json.loads(path.read_text(encoding="utf-8"))
+        if "dparallel" in one:
+            parts += certain(one)
+            continue
         worlds, levels = one["exact_match"]["worlds"], one["calibration"]["levels"]
         canvases = list(dict.fromkeys(canvas for row in worlds.values() for canvas in row))
         rows = [
@@ -403,6 +406,31 @@ def minis() -> str:
             + ".",
         ]
     return "\n\n".join(["<!-- minis -->", *parts, "<!-- /minis -->"])
+
+
+def certain(card: dict[str, Any]) -> list[str]:
+    """What a model that was trained to be certain gained: right answers and forwards by threshold, before and after."""
+    one, trained = card["dparallel"], card["training"]
+    asked, right = (f"{card['answers'][key]:,}" for key in ("asked", "right"))
+    facts = (
+        f"**{card['name']}**: {card['summary']}. {card['parameters']:,} parameters, begun with {card['started_from']}, "
+        f"seed {trained['seed']}, {trained['steps']} steps on its own answers, {right} right ones of {asked}, "
+        f"{card['minutes']:g} minutes. Its threshold is {one['tau']:g} nats ({one['how']})."
+    )
+
+    def figures(row: dict[str, float]) -> str:
+        return f"{row['accuracy']:g} % in {row['nfe']:g}"
+
+    rows = [("one token per step", figures(one["one_token_per_step"]), "")]
+    rows += [
+        (f"{float(tau):g}", figures(before), figures(one["by_tau_after"][tau]))
+        for tau, before in one["by_tau_before"].items()
+    ]
+    return [
+        facts,
+        "Right answers and forwards per answer, by threshold in nats:",
+        table(("threshold", "before", "after"), rows),
+    ]
 
 
 def keywords() -> str:

@@ -44,7 +44,7 @@ def train(
     loss: Annotated[str, typer.Option(help="Loss that aligns tvdpp: tvdpp, tvd, kld, mixed or none.")] = "tvdpp",
     seed: Annotated[int, typer.Option(help="Seed of prompts, answers and weights.")] = 0,
     form: Annotated[str, typer.Option(help="Loss of mini-dlm: count, linear, uniform, mgdm or complementary.")] = "count",
-    start: Annotated[Path | None, typer.Option(help="mini-dlm, mini-bdlm: folder of the mini-ar it begins with.")] = None,
+    start: Annotated[Path | None, typer.Option(help="mini-dlm, mini-bdlm: folder of the model it begins with.")] = None,
     out: Annotated[Path | None, typer.Option(help="File or directory to write (default: in the cache).")] = None,
     work: Annotated[Path | None, typer.Option(help="Folder for what lets a cut run go on (default: the cache).")] = None,
     no_measure: Annotated[
