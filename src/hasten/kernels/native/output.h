@@ -42,13 +42,18 @@ inline void combine(const float *part, int64_t slices, int32_t *best, float *log
   *log_sum_exp = top + __builtin_logf(total);
 }
 
-// The k largest of a row, largest first, lower ids first among equals. A vector is looked at closely only where one of its
-// logits exceeds the smallest that is kept.
+// The k largest of a row, largest first, lower ids first among equals. Four vectors together are looked at closely only
+// where one of their logits exceeds the smallest that is kept.
 inline void top_k(const float *logits, int64_t vocab, int k, int32_t *ids, float *values) {
+  constexpr int FOUR = 4 * LANES;
   int have = 0;
-  for (int64_t from = 0; from < vocab; from += LANES) {
-    const int n = vocab - from < LANES ? (int)(vocab - from) : LANES;
-    if (have == k && n == LANES && !(largest(load(logits + from)) > values[k - 1])) continue;
+  for (int64_t from = 0; from < vocab; from += FOUR) {
+    const int n = vocab - from < FOUR ? (int)(vocab - from) : FOUR;
+    if (have == k && n == FOUR) {
+      const float *z = logits + from;
+      const vf first = max(load(z), load(z + LANES)), second = max(load(z + 2 * LANES), load(z + 3 * LANES));
+      if (!(largest(max(first, second)) > values[k - 1])) continue;
+    }
     for (int i = 0; i < n; i++) {
       const float z = logits[from + i];
       if (have == k && !(z > values[k - 1])) continue;
