@@ -288,10 +288,15 @@ inline void group_of(const HastenMatrix &m, int g, const Acts &a, int t0, vf *ac
 }
 
 constexpr int AT_ONCE = 8;   // most tokens that one reading of the weights serves
+constexpr int IN_DIGITS = 4; // and of tokens in digits: the sums of more do not fit the registers
 constexpr int TOKENS = 64;   // tokens whose activations stay in the cache while all rows pass over them
 
 // Sums of rows 16 g .. 16 g + 15 for tokens t0 .. t0 + n - 1, n <= AT_ONCE, into acc.
 inline void group_sums(const HastenMatrix &m, int g, const Acts &a, int t0, int n, vf *acc) {
+  if (DIGITS > 1 && !a.int8 && n > IN_DIGITS && quantised(m.layout)) {
+    group_sums(m, g, a, t0, IN_DIGITS, acc);
+    return group_sums(m, g, a, t0 + IN_DIGITS, n - IN_DIGITS, acc + IN_DIGITS);
+  }
   switch (n) {
     case 8: return group_of<8>(m, g, a, t0, acc);
     case 7: return group_of<7>(m, g, a, t0, acc);
