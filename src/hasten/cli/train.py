@@ -27,7 +27,7 @@ def train(
         str,
         typer.Argument(
             help="What to train. For a model: eagle, fspad, medusa, hidden-transfer, lud, tvdpp, aded, learn2pd. "
-            "From nothing: mini-ar; out of it mini-bdlm, and out of that mini-dlm. Of a small diffusion model a surer one: dparallel."
+            "From nothing: mini-ar; out of it mini-bdlm, then mini-dlm. Of a small diffusion model a surer one: dparallel."
         ),
     ],
     model: Annotated[
