@@ -252,6 +252,7 @@ class Budget:
     def __init__(self) -> None:
         self.cost = PassCost()
         self.books: dict[int, _Book] = {}
+        self.promised = 0.0  # tokens that the nodes last kept are thought to commit, those of their roots included
 
     def book(self, drafter: Drafter) -> _Book:
         """The record of `drafter`."""
@@ -272,6 +273,7 @@ class Budget:
         (whose draft must not be cut by its tokens), is weighed before.
         """
         book, rows, cap = self.book(drafter), len(caps), max(caps)
+        self.promised = float(rows)
         plain = self.cost(rows, rows)
         drafting = book.cost(rows, rows + sum(caps))
         if drafter.draws == "point" and (drafting <= CHEAP * plain or getattr(drafter, "weighed", False)):
@@ -313,14 +315,15 @@ class Budget:
         return True
 
     def settle(
-        self, drafters: Iterable[Drafter], rows: int, size: int, tokens: int, drafted_s: float, seconds: float
+        self, drafters: Iterable[Drafter], rows: int, size: int, tokens: float, drafted_s: float, seconds: float
     ) -> None:
         """A pass of `rows` rows over `size` query tokens committed `tokens` in so many seconds, after `drafted_s` of
         drafting.
 
-        What plain passes take for as many tokens is what these drafters have earned: counted, not foretold, since small
-        errors of the forecast add up to a loss. A row alone is charged what passes of its size take on the whole: single
-        ones differ by more than a draft gains, and bursts of text that repeats itself would be slept through.
+        What plain passes take for as many tokens is what these drafters have earned. For a row alone `tokens` are those
+        that were promised, and it is charged what passes of its size take on the whole: one draft more or less that came
+        true, or one slow pass, is more than a drafter may lose, and bursts of text that repeats itself would be slept
+        through. Over several rows that evens out, and small errors of a forecast would add up.
         """
         plain = self.cost.typical(rows)
         taken = seconds if rows > 1 else self.cost(rows, size)
@@ -345,7 +348,7 @@ class Budget:
         ranked.sort()
         base = rows + fixed + whole
         best, kept = _MARGIN * rows / (self.cost(rows, base) or 1e9), 0
-        gain, seen = float(rows), 0
+        gain, seen, self.promised = float(rows), 0, float(rows)
         largest = _GROWTH * max(self.cost.table(rows), default=base)
         for size in GRID[1:]:
             if size > len(ranked) or base + size > largest:
@@ -354,7 +357,7 @@ class Budget:
             seen = size
             seconds = self.cost(rows, base + size)
             if seconds and gain / seconds > best:
-                best, kept = gain / seconds, size
+                best, kept, self.promised = gain / seconds, size, gain
         chosen: list[list[int]] = [[] for _ in drafts]
         for _, i, node in ranked[:kept]:
             chosen[i].append(node)

@@ -104,7 +104,7 @@ class AutoregressiveLoop:
             self.budget.cost.record(rows, size, seconds)
             if all(turn.asked or not len(turn.draft) for turn in turns):
                 asked = {id(one): one for turn in turns if turn.asked and (one := turn.row.drafter) is not None}
-                tokens = rows + sum(turn.taken for turn in turns)
+                tokens = self.budget.promised if rows == 1 else rows + sum(turn.taken for turn in turns)
                 self.budget.settle(asked.values(), rows, size, tokens, drafted_s, seconds)
         else:
             alone = self.budget.cost(rows, size) or self.budget.plain(rows)
