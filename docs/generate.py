@@ -410,26 +410,19 @@ def minis() -> str:
 
 def certain(card: dict[str, Any]) -> list[str]:
     """What a model that was trained to be certain gained: right answers and forwards by threshold, before and after."""
-    one, trained = card["dparallel"], card["training"]
-    asked, right = (f"{card['answers'][key]:,}" for key in ("asked", "right"))
+    one, trained, answers = card["dparallel"], card["training"], card["answers"]
     facts = (
         f"**{card['name']}**: {card['summary']}. {card['parameters']:,} parameters, begun with {card['started_from']}, "
-        f"seed {trained['seed']}, {trained['steps']} steps on its own answers, {right} right ones of {asked}, "
-        f"{card['minutes']:g} minutes. Its threshold is {one['tau']:g} nats ({one['how']})."
+        f"seed {trained['seed']}, {trained['steps']} steps on its own answers, {answers['right']:,} right ones of "
+        f"{answers['asked']:,}, {card['minutes']:g} minutes. Its threshold is {one['tau']:g} nats ({one['how']})."
     )
-
-    def figures(row: dict[str, float]) -> str:
-        return f"{row['accuracy']:g} % in {row['nfe']:g}"
-
-    rows = [("one token per step", figures(one["one_token_per_step"]), "")]
-    rows += [
-        (f"{float(tau):g}", figures(before), figures(one["by_tau_after"][tau]))
-        for tau, before in one["by_tau_before"].items()
-    ]
+    rows = [("one token per step", one["one_token_per_step"], None)]
+    rows += [(f"{float(tau):g}", row, one["by_tau_after"][tau]) for tau, row in one["by_tau_before"].items()]
+    cells = [(name, *(f"{r['accuracy']:g} % in {r['nfe']:g}" if r else "" for r in pair)) for name, *pair in rows]
     return [
         facts,
         "Right answers and forwards per answer, by threshold in nats:",
-        table(("threshold", "before", "after"), rows),
+        table(("nats", "before", "after"), cells),
     ]
 
 

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "src" / "hasten"
 
 METHOD_FOLDERS = ("draft", "unmask", "logits", "compress", "reduce", "arch", "embed", "privacy")
 RANKS = {
-    **dict.fromkeys(("errors", "registry", "types", "text", "budget", "failure", "engine.limits"), 0),
+    **dict.fromkeys(("errors", "registry", "types", "text", "pass_cost", "budget", "failure", "engine.limits"), 0),
     **dict.fromkeys(("engine", "worlds"), 1),
     **dict.fromkeys(("kernels", "union", "policy", "scoring"), 2),
     "models": 3,
@@ -51,7 +51,6 @@ BANNED_WORDS = frozenset(("trust_remote_code", "allow_pickle"))
 # the command's, the server's threads', and that of a process that runs what a model wrote.
 BROAD_EXCEPTS = frozenset(
     (
-        ("failure.py", "contained"),
         ("models/tokenizer.py", "from_dir"),
         ("models/tokenizer.py", "_bpe"),
         ("models/fetch.py", "from_hub"),
