@@ -269,7 +269,7 @@ def test_every_bound_of_the_server_has_its_test():
         assert f"def {test}" in (TESTS / file).read_text(encoding="utf-8"), name
     below = {"prompt_chars", "max_tokens", "queue", "canvas", "prefill_chunk", "step_tokens", "draft_budget", "draft_nodes",
              "cache_share"}  # fmt: skip
-    files = {"header_bytes", "tensors", "tensor_dims", "string_bytes", "array_items", "config_bytes"}
+    files = {"header_bytes", "tensors", "tensor_dims", "string_bytes", "array_items", "config_bytes", "patterns"}
     assert {field.name for field in dataclasses.fields(Limits)} == {*HERE, *ELSEWHERE, *below, *files}
 
 
