@@ -28,10 +28,11 @@ ARMS: dict[str, tuple[str, ...]] = {
     "dual cache": ("reference", "canvas-cache"),
     "threshold": ("threshold",),
     "dual cache + threshold": ("threshold", "canvas-cache"),
+    "dual cache + factor": ("factor:f=0.5", "canvas-cache"),
     "fast": ("fast",),
     "few-step": ("few-step",),
 }
-FULL = ("dual cache", "dual cache + threshold", "few-step")  # arms that are for full attention
+FULL = ("dual cache", "dual cache + threshold", "dual cache + factor", "few-step")  # arms that are for full attention
 WORLDS = {
     64: ("copy", "reverse", "sort", "replace", "records", "sums"),
     128: ("copy", "records", "sums"),
@@ -55,7 +56,7 @@ def main() -> None:
     args = parser.parse_args()
     llm = open_mini(show, args.model)
     blocks = llm.model.capabilities.block is not None  # its cache is exact and always there, its blocks are its own
-    names = [name for name in args.arms if not (blocks and name in FULL)]
+    names = [name for name in args.arms if name not in (FULL if blocks else ("fast",))]  # "fast" is one of FULL there
     started, canvases = time.perf_counter(), {}
     for canvas in args.canvas:
         worlds = WORLDS[max(size for size in WORLDS if size <= max(canvas, 64))]

@@ -36,7 +36,7 @@ PRESETS: Mapping[str, tuple[str, ...]] = {
     "auto": ("reference", "freedave:d=0"),
     "plain": ("reference",),
     "exact": ("reference", "freedave:d=0"),
-    "fast": ("factor:f=0.5", "canvas-cache"),
+    "fast": ("threshold", "canvas-cache"),
     "few-step": ("eoser-ass",),
 }  # what the names stand for on a model that fills canvases mask by mask
 UNIFORM: Mapping[str, tuple[str, ...]] = {

@@ -444,7 +444,7 @@ const real = {
     assert.equal(await answer(page).innerText(), "a b d k");
     await frames(page);
     assert.equal((await page.locator(".cell[data-state=final]").evaluateAll((all) => all.map((cell) => cell.textContent || "␣").join(""))).slice(0, 8), "a␣b␣d␣k■");
-    assert.match(await page.locator(".assistant .facts").innerText(), /factor \+ canvas-cache · .* tokens\/s/);
+    assert.match(await page.locator(".assistant .facts").innerText(), /threshold \+ canvas-cache · .* tokens\/s/);
     assert.match(await page.locator("#trace .sums").innerText(), /Forwards\s+[1-9]/);
     await page.waitForSelector(".state[data-state=ready]");
     assert.match(await page.locator("#status").innerText(), /\d running, 0 waiting[^]*mini-dlm masked diffusion · \w+ backbone · float32 · 3\.2 M parameters/);
