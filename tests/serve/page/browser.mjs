@@ -440,7 +440,7 @@ const real = {
     await ready(page);
     await masked(page);
     await page.selectOption("#composer [data-setting=method]", "fast");
-    await ask(page, "sort: k a d b");
+    await ask(page, "reverse: k d b a");
     assert.equal(await answer(page).innerText(), "a b d k");
     await frames(page);
     assert.equal((await page.locator(".cell[data-state=final]").evaluateAll((all) => all.map((cell) => cell.textContent || "␣").join(""))).slice(0, 8), "a␣b␣d␣k■");
