@@ -62,7 +62,7 @@ def test_json_is_one_object_and_no_save_stores_nothing(hasten, home):
     assert found["baseline"] == ["reference"]
     assert found["max_quality_loss"] == 0.9
     assert found["profile"] is None
-    assert [one["method"] for one in found["tried"]] == [["auto"], ["factor:f=0.5", "canvas-cache"], ["eoser-ass"]]
+    assert [one["method"] for one in found["tried"]] == [["auto"], ["threshold", "canvas-cache"], ["eoser-ass"]]
     assert not (home / "tuned").exists()
 
 
