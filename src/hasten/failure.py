@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from hasten.errors import HastenError
 
@@ -11,27 +13,23 @@ _WORDS = ("not enough memory", "DefaultCPUAllocator", "allocate memory", "out of
 _LONGEST = 300  # characters of a foreign error that are passed on
 
 
-class contained:
-    """Run a `with` block whose failure must not end others; it is in `error` afterwards, None when there was none.
+@dataclass(slots=True)
+class Caught:
+    """The error that ended a `contained` block, None when it ran to its end."""
 
-    Errors that nobody raised on purpose are logged with their trace.
-    """
+    error: Exception | None = None
 
-    __slots__ = ("error",)
 
-    def __init__(self) -> None:
-        self.error: Exception | None = None
-
-    def __enter__(self) -> contained:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
-        if not isinstance(error, Exception):
-            return False
-        self.error = error
+@contextmanager
+def contained() -> Iterator[Caught]:
+    """Run a block whose failure must not end others; errors that nobody raised on purpose are logged with their trace."""
+    caught = Caught()
+    try:
+        yield caught
+    except Exception as error:
+        caught.error = error
         if not isinstance(error, HastenError) and not out_of_memory(error):
             logging.getLogger("hasten.engine").error("a row of a pass failed", exc_info=error)
-        return True
 
 
 def out_of_memory(error: Exception) -> bool:

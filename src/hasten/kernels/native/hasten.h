@@ -19,7 +19,8 @@ enum { HASTEN_F32, HASTEN_F16, HASTEN_BF16, HASTEN_Q4_0, HASTEN_Q4_1, HASTEN_Q5_
 // Element types of a key/value cache. INT8: head_dim values, then their float32 scale, per slot and head.
 enum { HASTEN_KV_F32, HASTEN_KV_BF16, HASTEN_KV_INT8 };
 
-// Activations of linear layers. EXACT: float32. INT8: 8 bits with one scale per 32 (quantised weights only).
+// Activations of linear layers. EXACT: float32, or whole numbers of as many digits (linear.h). INT8: 8 bits with one scale
+// per 32 (quantised weights only).
 enum { HASTEN_EXACT, HASTEN_INT8 };
 
 typedef struct {  // one matrix [rows, cols] in a packed layout (layout.h)

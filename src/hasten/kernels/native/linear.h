@@ -288,7 +288,7 @@ inline void group_of(const HastenMatrix &m, int g, const Acts &a, int t0, vf *ac
 }
 
 constexpr int AT_ONCE = 8;   // most tokens that one reading of the weights serves
-constexpr int IN_DIGITS = 4; // and of tokens in digits: the sums of more do not fit the registers
+constexpr int IN_DIGITS = 4; // and of those in digits: the sums of more do not fit the registers
 constexpr int TOKENS = 64;   // tokens whose activations stay in the cache while all rows pass over them
 
 // Sums of rows 16 g .. 16 g + 15 for tokens t0 .. t0 + n - 1, n <= AT_ONCE, into acc.

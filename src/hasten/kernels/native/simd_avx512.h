@@ -38,6 +38,7 @@ inline vf from_bfloat16(const void *p) {
 }
 inline vf from_i8(const void *p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p))); }
 inline vf from_u8(const void *p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p))); }
+
 constexpr int DIGITS = 3;  // of an EXACT activation in bytes
 // Digits of whole numbers of up to 23 bits, 32 bytes from one digit to the next, lowest first, each -128..127.
 template <int D>

@@ -112,6 +112,7 @@ inline vi set_i(int32_t x) {
   for (int i = 0; i < 16; i++) out.v[i] = x;
   return out;
 }
+
 constexpr int DIGITS = 1;  // EXACT activations stay float32: products of bytes are no faster here
 template <int D>
 inline void put_digits(int8_t *p, vf whole) { to_i8(p, whole); }
