@@ -9,8 +9,9 @@ INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constr
 demo: $(VENV)/.installed  ## install, fetch a real model (about 90 MB, once) and let it talk
 	$(BIN)/hasten run smollm2-135m "Explain in two sentences why the sky is blue." --max-tokens 64 --stats
 
+# A process per core with one thread each: processes of as many threads as cores would wait for each other.
 test: $(VENV)/.tested check  ## every gate and the default test suite
-	$(BIN)/python -m pytest --ignore=tests/shape  # make check has just run those
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --ignore=tests/shape  # make check has run those
 
 slow: $(VENV)/.tested  ## the long tests too
 	$(BIN)/python -m pytest -m slow
