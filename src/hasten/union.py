@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Literal
 
 from torch import Tensor
@@ -52,19 +53,12 @@ class Union:
             why = f"nobody verifies drafts of {lossy[0]!r}" if lossy else f"{' and '.join(behind)} both add placeholders"
             raise IncompatibleError(f"{why}, so it drafts alone", hint="choose one, in an exact mode", field="method")
         self.members = tuple(members)
+        self.needs = reduce(Needs.union, (member.needs for member in members), NO_NEEDS)  # the least that satisfies all
         self._cost = cost
         self._records = [_Record() for _ in members]
         self.name = "+".join(member.name for member in members)
         self.scope: Literal["row", "shared"] = "shared" if any(m.scope == "shared" for m in members) else "row"
         self._acceptance = [Acceptance() for _ in members]
-
-    @property
-    def needs(self) -> Needs:
-        """The least that satisfies every member."""
-        needs = NO_NEEDS
-        for member in self.members:
-            needs = needs.union(member.needs)
-        return needs
 
     def max_nodes(self, budget: int) -> int:
         """What the members propose together, or the budget if that is less."""

@@ -51,7 +51,7 @@ class AutoregressiveLoop:
             if turn.row.drafter is not None:
                 key = id(turn.row.drafter)
                 turn.needs = asked[key] if key in asked else asked.setdefault(key, turn.row.drafter.needs)
-        needs = reduce(Needs.union, asked.values(), NO_NEEDS)
+        needs = reduce(Needs.union, asked.values()) if asked else NO_NEEDS
         for turn in turns:
             turn.row.size = turn.count + len(turn.draft)
         done = self.backbone.run([turn.input() for turn in turns], needs)
@@ -128,6 +128,8 @@ class AutoregressiveLoop:
                 turns.append(Turn(row, 1, True))
             else:
                 readers.append(row)
+        if not readers:
+            return turns
         room = LIMITS.step_tokens - len(turns)
         if turns:
             room = min(room, self.reading.room(self.budget.plain(len(turns))))
@@ -224,7 +226,7 @@ class AutoregressiveLoop:
         """Judge and commit one ready row, whose `logits` are rows `first`.. of the pass; (path, following token)."""
         row, base = turn.row, turn.row.cache.length
         if done.best is not None:
-            best = done.best[first : first + len(logits)]
+            best = done.best[first : first + 1 + len(turn.draft)]
             broken = min(best) < 0
         else:
             top = logits.max(-1)
@@ -250,16 +252,18 @@ class AutoregressiveLoop:
         if verdict.path:
             kept = tuple(turn.draft.tokens[node] for node in verdict.path)
             self._emit(row, "accept", tokens=kept)
-        at, taken, following = 0, [], -1
-        for node in verdict.path:
-            self._commit(row, turn.draft.tokens[node], logits, at, lse[at])
-            taken.append(node)
-            at = node + 1
+        sure, taken, following = done.best_logprob, [], -1
+        for at, node in zip(chosen, (*verdict.path, -1), strict=True):
+            if node < 0:
+                token = following = verdict.next
+            else:
+                token = turn.draft.tokens[node]
+                taken.append(node)
+            # torch is asked only where the backbone has not said it: between passes one operator takes 40 microseconds
+            logprob = sure[first + at] if sure is not None and best[at] == token else logits[at, token].item() - lse[at]
+            self._commit(row, token, logits, at, lse[at], logprob)
             if row.reason is not None:
                 break
-        else:
-            following = verdict.next
-            self._commit(row, following, logits, at, lse[at])
         # everything committed but the newest token is in the cache now; the newest is the next root
         row.cache.gather(base, [*range(turn.count), *(turn.count + node for node in taken)])
         row.accepted += len(taken)
@@ -268,16 +272,16 @@ class AutoregressiveLoop:
             row.first_s = self.trace.now()
         return tuple(taken), following
 
-    def _commit(self, row: Row, token: int, logits: Tensor, at: int, lse: float) -> None:
+    def _commit(self, row: Row, token: int, logits: Tensor, at: int, lse: float, logprob: float) -> None:
         """Make one token final, which follows node `at`: history, text, stop conditions, trace."""
         position = len(row.tokens)
         row.tokens.append(token)
         row.sampler.commit(token)
         params = row.request.sampling
-        logprob = None
+        report = None
         if params.logprobs is not None:
-            logprob = token_logprob(logits[at], lse, token, params.logprobs)
-            row.logprobs.append(logprob)
+            report = token_logprob(logits[at], lse, token, params.logprobs)
+            row.logprobs.append(report)
         if token in row.eos_ids or token in params.stop_ids:
             row.reason, row.stop = "stop", token
             text = row.text.finish()
@@ -290,8 +294,8 @@ class AutoregressiveLoop:
                 text += row.text.finish()
                 if row.text.found is not None:  # the last incomplete character completed a stop string
                     row.reason, row.stop = "stop", row.text.found
-        confidence = math.exp(min(0.0, logits[at, token].item() - lse))
-        self._emit(row, "commit", position=position, token=token, confidence=confidence, text=text, logprob=logprob)
+        confidence = math.exp(min(0.0, logprob))
+        self._emit(row, "commit", position=position, token=token, confidence=confidence, text=text, logprob=report)
 
     def _feedback(
         self,

@@ -196,9 +196,9 @@ class Pass:
 
     `logits` float32 [sum of wanted, vocab]: row r's block starts at `logit_starts[r]`. `spans[r]` is row r's (start, end)
     in `hidden[layer]` and `final_hidden` [N, hidden] (N = all queries), present as asked. A backbone that has them at hand
-    also gives the arg-max `best` of every logit row (-1 where a logit is not finite), its `log_sum_exp`, and `top`, its own
-    way to the k best of some rows. `backbone` says who ran the pass. `pseudo[r]`: row r's placeholders after the final
-    norm [anchors, placeholders, hidden], or None.
+    also gives the arg-max `best` of every logit row (-1 where a logit is not finite), its log-probability `best_logprob`,
+    the `log_sum_exp` of the row, and `top`, its own way to the k best of some rows. `backbone` says who ran the pass.
+    `pseudo[r]`: row r's placeholders after the final norm [anchors, placeholders, hidden], or None.
     """
 
     logits: Tensor
@@ -209,6 +209,7 @@ class Pass:
     embeds: Tensor | None = None
     best: list[int] | None = None
     log_sum_exp: list[float] | None = None
+    best_logprob: list[float] | None = None
     top: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None
     backbone: str = ""
     pseudo: tuple[Tensor | None, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,7 +11,7 @@ import torch
 
 from hasten.engine.cache import Past, RowCache
 from hasten.engine.contracts import EMPTY_DRAFT, NO_NEEDS, Draft, Drafter, Law, Needs, Pseudo, RowInput, RowView
-from hasten.engine.masks import CAUSAL, Tree
+from hasten.engine.masks import CAUSAL, Tree, Visibility
 from hasten.engine.sampling import Sampler
 from hasten.engine.verify import depths
 from hasten.failure import words
@@ -172,22 +173,15 @@ class Turn:
         """The row's queries: what is pending, the nodes behind it, and the placeholders."""
         row, base, anchors = self.row, self.row.cache.length, self.anchors
         pseudo = self.pseudo if anchors else None
-        tokens = torch.from_numpy(np.array(row.tokens[base : base + self.count], np.int64))
-        positions = torch.from_numpy(np.arange(base, base + self.count))  # numpy: half of torch's time for so few numbers
-        if not len(self.draft):
-            want: Literal["all", "last", "none"] = "all" if self.heard else "last" if self.ready else "none"
-            return RowInput(tokens, positions, row.cache, CAUSAL, want, pseudo=pseudo, anchors=anchors)
-        root = self.count - 1
-        chain = tuple(range(-1, root))
-        parents = chain + tuple(root if p < 0 else root + 1 + p for p in self.draft.parents)
-        below = base + root + torch.tensor(depths(self.draft.parents))
-        nodes = tuple(range(0 if self.heard else root, root + 1 + len(self.draft)))
-        return RowInput(
-            torch.cat((tokens, torch.tensor(self.draft.tokens))),
-            torch.cat((positions, below)),
-            row.cache,
-            Tree(parents),
-            nodes,
-            pseudo=pseudo,
-            anchors=anchors,
-        )
+        ids, root = row.tokens[base : base + self.count], self.count - 1
+        places: Sequence[int] = range(base, base + self.count)
+        sight: Visibility = CAUSAL
+        want: Literal["all", "last", "none"] | tuple[int, ...] = "all" if self.heard else "last" if self.ready else "none"
+        if len(self.draft):
+            below = depths(self.draft.parents)
+            ids, places = [*ids, *self.draft.tokens], [*places, *(base + root + depth for depth in below)]
+            sight = Tree((*range(-1, root), *(root if p < 0 else root + 1 + p for p in self.draft.parents)))
+            want = tuple(range(0 if self.heard else root, root + 1 + len(self.draft)))
+        # through numpy: half of torch's time for so few numbers
+        tokens, positions = (torch.from_numpy(np.array(one, np.int64)) for one in (ids, places))
+        return RowInput(tokens, positions, row.cache, sight, want, pseudo=pseudo, anchors=anchors)

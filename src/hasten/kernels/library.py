@@ -16,7 +16,7 @@ from typing import Any
 
 from hasten.errors import HastenError, UnsupportedError, out_of_range
 
-ABI = 1
+ABI = 2
 LEVELS = ("auto", "avx512", "avx2", "portable")
 PARTS = ("norm", "qkv", "attention", "out", "ffn", "down", "head")
 ACTIVATIONS = ("exact", "int8")
@@ -74,6 +74,7 @@ class PassInput(Structure):
         *((name, c_int32) for name in ("rows", "queries", "kinds", "extra_total", "wanted_total", "taps")),
         *((name, c_void_p) for name in ("tokens", "embeds", "positions", "row_of", "slots", "slabs", "capacity")),
         *((name, c_void_p) for name in ("kind_of_layer", "sight", "extras", "wanted", "logits", "best", "log_sum_exp")),
+        ("best_logprob", c_void_p),
         *((name, c_void_p) for name in ("tap_layers", "tap_out", "final_hidden", "part_seconds")),
     ]
 

@@ -233,7 +233,7 @@ class NativeStack(DecoderStack):
             [end - n + j for row, n, end in zip(rows, counts, ends, strict=True) for j in row.wanted()], np.int32
         )
         logits = torch.empty(len(wanted), c.vocab_size)
-        best, lse = np.empty(len(wanted), np.int32), np.empty(len(wanted), np.float32)
+        best, lse, sure = np.empty(len(wanted), np.int32), *np.empty((2, len(wanted)), np.float32)
         taps = {layer: torch.empty(total, c.hidden) for layer in needs.hidden}
         final = torch.empty(total, c.hidden) if needs.final_hidden else None
         tap_layers = np.array(list(taps), np.int32)
@@ -244,8 +244,8 @@ class NativeStack(DecoderStack):
             len(rows), total, len(sight) // total, len(extras), len(wanted), len(taps), tokens.ctypes.data,
             None if embeds is None else embeds.data_ptr(), positions.ctypes.data, row_of.ctypes.data, slots.ctypes.data,
             slabs.ctypes.data, capacity.ctypes.data, kinds.ctypes.data, sight.ctypes.data, extras.ctypes.data,
-            wanted.ctypes.data, logits.data_ptr(), best.ctypes.data, lse.ctypes.data, tap_layers.ctypes.data,
-            tap_out.ctypes.data, None if final is None else final.data_ptr(),
+            wanted.ctypes.data, logits.data_ptr(), best.ctypes.data, lse.ctypes.data, sure.ctypes.data,
+            tap_layers.ctypes.data, tap_out.ctypes.data, None if final is None else final.data_ptr(),
             None if self.part_seconds is None else self.part_seconds.ctypes.data,
         )  # fmt: skip
         check(native().hasten_run(self._handle, ctypes.byref(call)))
@@ -255,7 +255,7 @@ class NativeStack(DecoderStack):
         offsets = [0, *accumulate(len(row.wanted()) for row in rows)][:-1]
         return Pass(
             logits, tuple(offsets), spans, taps, final, embeds if needs.embeds else None,
-            best.tolist(), lse.tolist(), self.top, self.name,
+            best.tolist(), lse.tolist(), sure.tolist(), self.top, self.name,
         )  # fmt: skip
 
     def _one_row(self, row: RowInput, cache: RowCache) -> Pass | None:
@@ -273,37 +273,36 @@ class NativeStack(DecoderStack):
         start = cache.length if row.start is None else row.start
         frame.positions[:] = row.positions.numpy()
         extras: list[int] = []
-        frame.sight[:] = 0
+        if frame.branched:  # else only upper bounds were written, which are now written anew
+            frame.sight[:] = 0
+        frame.branched = True
         for k, window in enumerate(self._windows):
             part = frame.sight[k * n : (k + 1) * n]
             visible = max(start + n, cache.length)
             if not _fast_sight(part, row.visibility, start, visible, window, frame.positions, extras, cache):
                 return None
+        frame.branched = bool(extras)
         cache.reserve(start, row.positions)
-        most = int(frame.positions.max()) + 1
+        most = int(frame.positions.max() if n > 1 else frame.positions[0]) + 1
         if most > self._rope_rows:
             self._open(2 ** (most - 1).bit_length())
         frame.tokens[:] = row.tokens.numpy()
-        frame.slots[:] = frame.steps + start
+        np.add(frame.steps, start, out=frame.slots)
         wanted = row.wanted()
         count = len(wanted)
         if count > n:
             return None
         frame.wanted[:count] = wanted
         logits = torch.empty(count, self.config.vocab_size)
-        more = np.array(extras or [0], np.int32)
         frame.slab[0], frame.capacity[0] = cache.slab.data_ptr(), cache.capacity
         call = frame.call
-        call.extra_total, call.extras, call.wanted_total, call.logits = (
-            len(more),
-            more.ctypes.data,
-            count,
-            logits.data_ptr(),
-        )
+        more = np.array(extras, np.int32) if extras else None
+        call.extra_total, call.extras = len(extras), None if more is None else more.ctypes.data
+        call.wanted_total, call.logits = count, logits.data_ptr()
         call.part_seconds = None if self.part_seconds is None else self.part_seconds.ctypes.data
         check(native().hasten_run(self._handle, ctypes.byref(call)))
-        best, lse = frame.best[:count].tolist(), frame.lse[:count].tolist()
-        return Pass(logits, (0,), ((0, n),), best=best, log_sum_exp=lse, top=self.top, backbone=self.name)
+        lse, sure = frame.odds[:, :count].tolist()
+        return Pass(logits, (0,), ((0, n),), {}, None, None, frame.best[:count].tolist(), lse, sure, self.top, self.name)
 
     @staticmethod
     def top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -374,12 +373,14 @@ class _Frame:
         self.tokens, self.positions, self.slots, self.rows, self.wanted, self.best = (
             np.zeros(n, np.int32) for _ in range(6)
         )
-        self.sight, self.lse = np.zeros(kinds * n, _SIGHT), np.zeros(n, np.float32)
+        self.sight, self.odds = np.zeros(kinds * n, _SIGHT), np.zeros((2, n), np.float32)  # log-sum-exp, best's log-prob
+        self.branched = False
         self.slab, self.capacity, self.kinds = np.zeros(1, np.uint64), np.zeros(1, np.int32), kind_of_layer
         self.call = PassInput(
             1, n, kinds, 0, 0, 0, self.tokens.ctypes.data, None, self.positions.ctypes.data, self.rows.ctypes.data,
             self.slots.ctypes.data, self.slab.ctypes.data, self.capacity.ctypes.data, self.kinds.ctypes.data,
-            self.sight.ctypes.data, None, self.wanted.ctypes.data, None, self.best.ctypes.data, self.lse.ctypes.data,
+            self.sight.ctypes.data, None, self.wanted.ctypes.data, None, self.best.ctypes.data, self.odds[0].ctypes.data,
+            self.odds[1].ctypes.data,
         )  # fmt: skip
 
 

@@ -189,7 +189,7 @@ int check_pass(const HastenModel &m, const HastenPass &p, int64_t *keys) {
   }
   for (int i = 0; i < p.wanted_total; i++)
     if (check_range("wanted", p.wanted[i], 0, p.queries - 1)) return -1;
-  if (p.wanted_total && (!p.logits || !p.best || !p.log_sum_exp)) return fail("logits are wanted and have no place");
+  if (p.wanted_total && (!p.logits || !p.best || !p.log_sum_exp || !p.best_logprob)) return fail("logits are wanted and have no place");
   for (int i = 0; i < p.taps; i++)
     if (check_range("tap_layers", p.tap_layers[i], 0, m.layers) || !p.tap_out[i]) return fail("tap %d has no place", i);
   return 0;

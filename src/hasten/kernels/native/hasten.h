@@ -11,7 +11,7 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)
 
-#define HASTEN_ABI 1
+#define HASTEN_ABI 2
 
 // Stored types that can be repacked (`hasten_pack`); block formats are those of GGUF.
 enum { HASTEN_F32, HASTEN_F16, HASTEN_BF16, HASTEN_Q4_0, HASTEN_Q4_1, HASTEN_Q5_0, HASTEN_Q8_0, HASTEN_Q4_K, HASTEN_Q6_K };
@@ -66,6 +66,7 @@ typedef struct {  // one pass over R rows with N queries in all
   float *logits;                // [wanted_total, vocab]
   int32_t *best;                // [wanted_total] arg-max, the lowest id among equals; -1 where a logit is not finite
   float *log_sum_exp;           // [wanted_total]
+  float *best_logprob;          // [wanted_total] log-probability of the arg-max
   const int32_t *tap_layers;    // [taps] layers whose input is copied out; `layers` = after the last
   float *const *tap_out;        // [taps] each [N, hidden]
   float *final_hidden;          // [N, hidden] after the final norm, or null

@@ -29,8 +29,9 @@ inline void slice_of(const float *logits, int64_t from, int64_t to, float *out) 
   out[2] = rest + bad;
 }
 
-// From the slices of one row: arg-max (-1 where a logit is not finite) and log-sum-exp, added up in the slices' order.
-inline void combine(const float *part, int64_t slices, int32_t *best, float *log_sum_exp) {
+// From the slices of one row: arg-max (-1 where a logit is not finite), its log-probability, and log-sum-exp, added up in
+// the slices' order.
+inline void combine(const float *part, int64_t slices, int32_t *best, float *log_sum_exp, float *best_logprob) {
   float top = LOWEST;
   int64_t id = 0;
   for (int64_t s = 0; s < slices; s++)
@@ -39,7 +40,8 @@ inline void combine(const float *part, int64_t slices, int32_t *best, float *log
   for (int64_t s = 0; s < slices; s++) total += part[3 * s + 2] * __builtin_expf(part[3 * s] - top);
   const bool finite = total - total == 0.0f;
   *best = finite ? (int32_t)id : -1;
-  *log_sum_exp = top + __builtin_logf(total);
+  *best_logprob = -__builtin_logf(total);
+  *log_sum_exp = top - *best_logprob;
 }
 
 // The k largest of a row, largest first, lower ids first among equals. Four vectors together are looked at closely only

@@ -236,7 +236,7 @@ inline void output(Thread &T, const float *post) {
   }
   barrier();
   for (int t = T.id; t < T.p.wanted_total; t += T.count)
-    combine(T.w.part + t * slices * 3, slices, T.p.best + t, T.p.log_sum_exp + t);
+    combine(T.w.part + t * slices * 3, slices, T.p.best + t, T.p.log_sum_exp + t, T.p.best_logprob + t);
   T.meet(HASTEN_PART_HEAD);
 }
 
