@@ -113,32 +113,43 @@ def read(target: Transformer, texts: Texts, tokens: int = 2048, fast: bool = Fal
     `fast` computes the states in bfloat16 (for those learnt from; acceptance is measured on exact ones). Raises
     HastenError when the target's logits are not finite.
     """
+    told = [one for one in texts.each() if 1 <= one[1] < len(one[0])]  # in the others nothing was answered
+    store = torch.empty(sum(len(ids) - prompt for ids, prompt in told), target.config.hidden)
     batch: list[tuple[Tensor, int]] = []
-    for one in texts.each():
-        if not 1 <= one[1] < len(one[0]):
-            continue  # nothing was answered
-        if batch and sum(len(ids) for ids, _ in batch) + len(one[0]) > tokens:
-            yield _answers(target, batch, fast)
-            batch = []
+    at = 0
+    for i, one in enumerate(told):
         batch.append(one)
-    if batch:
-        yield _answers(target, batch, fast)
+        if i + 1 == len(told) or sum(len(ids) for ids, _ in batch) + len(told[i + 1][0]) > tokens:
+            done = _answers(target, batch, fast, store[at:])
+            at += _count(done)
+            yield done
+            batch = []
 
 
-def _answers(target: Transformer, batch: list[tuple[Tensor, int]], fast: bool) -> list[Answer]:
+def _answers(target: Transformer, batch: list[tuple[Tensor, int]], fast: bool, store: Tensor) -> list[Answer]:
+    """The answers of one pass; their states are written to the beginning of `store`."""
     rows = [RowInput(ids, torch.arange(len(ids)), logits="none") for ids, _ in batch]
     with torch.autocast("cpu", torch.bfloat16, enabled=fast):
         done = target.run(rows, Needs(final_hidden=True))
     assert done.final_hidden is not None  # noqa: S101 - asked for
-    out = []
-    for (ids, prompt), (a, b) in zip(batch, done.spans, strict=True):
-        states = done.final_hidden[a + prompt - 1 : b - 1].to(target.dtype).clone()  # no longer of inference only
-        with torch.no_grad():
-            total = target.logits(states).logsumexp(-1)
-        if not bool(torch.isfinite(total).all()):
-            raise HastenError("the target's logits are not finite", hint="check the model file; try dtype='float32'")
-        out.append(Answer(ids, prompt, states.float(), total))
-    return out
+    counts = [len(ids) - prompt for ids, prompt in batch]
+    for (_, prompt), (a, b), own in zip(batch, done.spans, store.split([*counts, len(store) - sum(counts)]), strict=False):
+        own.copy_(done.final_hidden[a + prompt - 1 : b - 1])
+    total = _log_sum_exp(target, store[: sum(counts)])
+    if not bool(torch.isfinite(total).all()):
+        raise HastenError("the target's logits are not finite", hint="check the model file; try dtype='float32'")
+    parts = zip(batch, store[: sum(counts)].split(counts), total.split(counts), strict=True)
+    return [Answer(ids, prompt, states, own) for (ids, prompt), states, own in parts]
+
+
+_ROWS = 256  # logits of so many tokens at once, always: pieces of any size, freed and asked for anew, break up the memory
+
+
+@torch.no_grad()
+def _log_sum_exp(target: Transformer, states: Tensor) -> Tensor:
+    """Log-sum-exp [N] of the target's logits after final states [N, hidden]."""
+    padded = F.pad(states, (0, 0, 0, -len(states) % _ROWS)).to(target.dtype)
+    return torch.cat([target.logits(some).logsumexp(-1) for some in padded.split(_ROWS)])[: len(states)]
 
 
 def save_answers(path: Path, answers: Sequence[Answer]) -> None:
