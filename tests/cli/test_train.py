@@ -50,10 +50,15 @@ def test_a_small_model_is_aligned_and_drafts(hasten, tiny, tmp_path, monkeypatch
     drafted = hasten("run", tiny, "The quick", "--max-tokens", "20", "--method", "tvdpp:floor=0")
     assert drafted.code == 0, drafted.err
     assert drafted.out == plain.out
-    out = str(tmp_path / "other.safetensors")
-    other = hasten("train", "tvdpp", tiny, *SIZES, "--steps", "6", "--loss", "kld", "--out", out)
+    [made] = (tmp_path / "drafters").rglob("*.safetensors")
+    before = made.read_bytes()
+    other = hasten("train", "tvdpp", tiny, *SIZES, "--steps", "6", "--loss", "kld")
     assert other.code == 0, other.err
     assert "before aligning" in other.out
+    beside = made.with_name("tvdpp-kld.safetensors")  # to compare with, not what the method takes unasked
+    assert f"--method tvdpp:weights={beside}" in other.out.replace("\n", "")
+    assert beside.is_file()
+    assert made.read_bytes() == before
     refused = hasten("train", "tvdpp", tiny, *SIZES, "--loss", "hinge")
     assert refused.code == 2
     assert "train.loss" in refused.err

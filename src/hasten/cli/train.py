@@ -106,7 +106,8 @@ def train(
     if "agreement_by_depth" in facts:
         ahead = ", ".join(f"{value:.0%}" for value in facts["agreement_by_depth"])
         typer.echo(f"best token as the model's, on texts it has not seen, 1 token ahead and more: {ahead}")
-    typer.echo(f"use it: hasten run {model} PROMPT --method {recipe}")
+    weights = f":weights={facts['path']}" if facts.get("loss", "tvdpp") != "tvdpp" else ""
+    typer.echo(f"use it: hasten run {model} PROMPT --method {recipe}{weights}")
 
 
 def _given(context: typer.Context) -> set[str]:

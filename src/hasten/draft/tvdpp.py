@@ -23,7 +23,7 @@ card = MethodCard(
     claim="Up to 2.3 tokens per pass and 2.4x with a drafter of 115M for Llama 2 Chat 7B, without fine-tuning on the task.",
     no_help="Targets so small that a drafter is comparatively dear, and text far from what it was trained on.",
     knobs={
-        "weights": "file of the trained draft model (empty: the one made by `hasten train tvdpp`)",
+        "weights": "file of the trained draft model (empty: trained here, or shipped with hasten)",
         "nodes": "tokens drafted ahead (1..32)",
         "sample": "draw drafts at the request's temperature, judged by rejection (true), or draft the best token",
         "temperature": "the draft's temperature (0 up to 2; -1: that of the request)",

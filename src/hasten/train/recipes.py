@@ -103,7 +103,8 @@ def train(
 ) -> dict[str, Any]:
     """Train the drafter `slug` for `llm` and return facts about it: its file, bytes, held-out agreement, seconds.
 
-    The layer is written to `out` (default: where the method looks for it), everything that lets a cut run go on to `work`.
+    The layer is written to `out` (default: where the method looks for it; that of `tvdpp` by another loss beside it),
+    everything that lets a cut run go on to `work`.
     Raises UnknownNameError for a recipe there is none of, IncompatibleError for a model it cannot train on.
     """
     if slug not in RECIPES:
@@ -118,7 +119,9 @@ def train(
     place = identity(llm.model, llm.name)
     work = work or cache_dir() / "train" / place
     work.mkdir(parents=True, exist_ok=True)
-    out = out or cache_dir() / "drafters" / place / f"{slug}.safetensors"
+    other = slug == "tvdpp" and recipe.loss != "tvdpp"  # something to compare with: the method does not look for it
+    name = f"{slug}-{recipe.loss}" if other else slug
+    out = out or cache_dir() / "drafters" / place / f"{name}.safetensors"
     out.parent.mkdir(parents=True, exist_ok=True)
     if slug == "learn2pd":
         size = filtering.Config(recipe.canvas, llm.model.capabilities.block or 32, recipe.steps, seed=recipe.seed)
