@@ -165,6 +165,7 @@ def two_children(p: Tensor, q: Tensor) -> tuple[float, float, float]:
     p float64 [V] is the target's law and q the draft's; worked out exactly (2402.14160, recursive rejection sampling).
     """
     import torch
+    import torch.nn.functional as F
 
     first = float(torch.minimum(p, q).sum())
     if first >= 1 - 1e-9:
@@ -173,13 +174,15 @@ def two_children(p: Tensor, q: Tensor) -> tuple[float, float, float]:
     rest = rest / rest.sum()
     again = float(torch.minimum(rest, q).sum())
     refused = (q - p).clamp(min=0)  # chance that this token is drawn and refused
-    known = q.nonzero().flatten()
-    without = 0.0
-    for token in refused.nonzero().flatten().tolist():
-        left = q[known].clone()
-        left[known == token] = 0
-        if float(left.sum()) > 0:
-            without += float(refused[token]) * float(torch.minimum(rest[known], left / left.sum()).sum())
+    # without a refused token t the second child is drawn from q / (1 - q_t): sum_x min(rest_x, s q_x) for that factor s, in
+    # which x is capped by rest_x where rest_x / q_x <= s (t itself among them: what was refused has no rest)
+    known = q > 0
+    turns, order = (rest[known] / q[known]).sort()
+    capped, free = (F.pad(one[known][order].cumsum(0), (1, 0)) for one in (rest, q))
+    drawn = (refused > 0) & (q < 1)
+    s = 1 / (1 - q[drawn])
+    at = torch.searchsorted(turns, s, right=True)
+    without = float((refused[drawn] * (capped[at] + s * (free[-1] - free[at]))).sum())
     return first, first + (1 - first) * again, first + without
 
 
