@@ -301,7 +301,7 @@ class NativeStack(DecoderStack):
         call.wanted_total, call.logits = count, logits.data_ptr()
         call.part_seconds = None if self.part_seconds is None else self.part_seconds.ctypes.data
         check(native().hasten_run(self._handle, ctypes.byref(call)))
-        lse, sure = frame.odds[:, :count].tolist()
+        lse, sure = frame.logs[:, :count].tolist()
         return Pass(logits, (0,), ((0, n),), {}, None, None, frame.best[:count].tolist(), lse, sure, self.top, self.name)
 
     @staticmethod
@@ -373,14 +373,14 @@ class _Frame:
         self.tokens, self.positions, self.slots, self.rows, self.wanted, self.best = (
             np.zeros(n, np.int32) for _ in range(6)
         )
-        self.sight, self.odds = np.zeros(kinds * n, _SIGHT), np.zeros((2, n), np.float32)  # log-sum-exp, best's log-prob
+        self.sight, self.logs = np.zeros(kinds * n, _SIGHT), np.zeros((2, n), np.float32)  # log-sum-exp, best's log-prob
         self.branched = False
         self.slab, self.capacity, self.kinds = np.zeros(1, np.uint64), np.zeros(1, np.int32), kind_of_layer
         self.call = PassInput(
             1, n, kinds, 0, 0, 0, self.tokens.ctypes.data, None, self.positions.ctypes.data, self.rows.ctypes.data,
             self.slots.ctypes.data, self.slab.ctypes.data, self.capacity.ctypes.data, self.kinds.ctypes.data,
-            self.sight.ctypes.data, None, self.wanted.ctypes.data, None, self.best.ctypes.data, self.odds[0].ctypes.data,
-            self.odds[1].ctypes.data,
+            self.sight.ctypes.data, None, self.wanted.ctypes.data, None, self.best.ctypes.data, self.logs[0].ctypes.data,
+            self.logs[1].ctypes.data,
         )  # fmt: skip
 
 

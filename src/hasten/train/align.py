@@ -120,25 +120,24 @@ def read(target: Transformer, texts: Texts, tokens: int = 2048, fast: bool = Fal
     for i, one in enumerate(told):
         batch.append(one)
         if i + 1 == len(told) or sum(len(ids) for ids, _ in batch) + len(told[i + 1][0]) > tokens:
-            done = _answers(target, batch, fast, store[at:])
-            at += _count(done)
-            yield done
-            batch = []
+            size = sum(len(ids) - prompt for ids, prompt in batch)
+            yield _answers(target, batch, fast, store[at : at + size])
+            batch, at = [], at + size
 
 
 def _answers(target: Transformer, batch: list[tuple[Tensor, int]], fast: bool, store: Tensor) -> list[Answer]:
-    """The answers of one pass; their states are written to the beginning of `store`."""
+    """The answers of one pass; their states are written to `store` [answer tokens, hidden]."""
     rows = [RowInput(ids, torch.arange(len(ids)), logits="none") for ids, _ in batch]
     with torch.autocast("cpu", torch.bfloat16, enabled=fast):
         done = target.run(rows, Needs(final_hidden=True))
     assert done.final_hidden is not None  # noqa: S101 - asked for
     counts = [len(ids) - prompt for ids, prompt in batch]
-    for (_, prompt), (a, b), own in zip(batch, done.spans, store.split([*counts, len(store) - sum(counts)]), strict=False):
-        own.copy_(done.final_hidden[a + prompt - 1 : b - 1])
-    total = _log_sum_exp(target, store[: sum(counts)])
+    for (_, prompt), (a, b), states in zip(batch, done.spans, store.split(counts), strict=True):
+        states.copy_(done.final_hidden[a + prompt - 1 : b - 1])
+    total = _log_sum_exp(target, store)
     if not bool(torch.isfinite(total).all()):
         raise HastenError("the target's logits are not finite", hint="check the model file; try dtype='float32'")
-    parts = zip(batch, store[: sum(counts)].split(counts), total.split(counts), strict=True)
+    parts = zip(batch, store.split(counts), total.split(counts), strict=True)
     return [Answer(ids, prompt, states, own) for (ids, prompt), states, own in parts]
 
 
