@@ -237,26 +237,48 @@ def test_a_costly_drafter_is_left_alone_and_looked_at_again_ever_more_rarely():
     for length in range(1, 80):
         book.acceptance.watch(1, length, Draft((1, 1, 1, 1), (-1, 0, 1, 2)))
         book.acceptance.judge(1, [1] * (length + 4))
-    assert budget.ask(drafter, [8])[0] >= 4
+    assert max(budget.ask(drafter, [8])[0] for _ in range(8)) >= 4
+
+
+def test_as_many_nodes_are_asked_of_a_cheap_drafter_as_were_lately_verified():
+    budget, drafter = Budget(), Stub()
+    budget.cost = taught(lambda n: 1.0 + 0.01 * (n - 1))
+    sizes = []
+
+    def rounds(count, right):
+        for _ in range(count):
+            [nodes] = budget.ask(drafter, [64])
+            sizes.append(nodes)
+            chain = Draft(tuple(range(nodes)), tuple(range(-1, nodes - 1)), scores=(right,) * nodes)
+            budget.keep(1, 0, [(1, drafter, chain)])
+
+    rounds(3, 0.99)  # whole drafts pay: twice as many
+    assert sizes[0] < sizes[1] < sizes[2] <= 64
+    rounds(100, 0.1)  # hardly a node does: fewer, but never none
+    assert sizes[-1] == 8
+    assert sorted(sizes[3:], reverse=True) == sizes[3:]
+    rounds(5, 0.99)
+    assert sizes[-1] == 64
 
 
 @pytest.mark.parametrize(("steep", "skill"), [(0.02, 1.0), (0.02, 0.0), (1.0, 1.0), (1.0, 0.0), (0.3, 0.6), (0.05, 0.3)])
-def test_on_a_simulated_machine_it_is_never_slower_and_finds_what_pays(monkeypatch, steep, skill):
-    engine = tiny.engine()
+def test_on_a_simulated_machine_it_is_never_slower_and_finds_what_pays(steep, skill):
     request = Request((5, 9, 13), SamplingParams(max_tokens=200, ignore_eos=True))
-    plain = engine.run([(request, PLAIN)])[0][0]
-    clock = Clock(monkeypatch, engine, lambda n: 1.0 + steep * (n - 1))
-    oracle = Oracle({(): [*request.prompt, *plain.tokens]}, tiny.VOCAB, skill)
-    out = engine.run([(request, Parts(oracle, budget=16, measured=True))])[0][0]
-    assert out.tokens == plain.tokens
-    taken = clock.time - (1.0 + steep * 2)  # without the prompt
-    speedup = 199 / taken
+    speedups = []
+    for seed in range(1 if skill in (0.0, 1.0) else 4):
+        engine = tiny.engine()
+        plain = engine.run([(request, PLAIN)])[0][0]
+        oracle = Oracle({(): [*request.prompt, *plain.tokens]}, tiny.VOCAB, skill)
+        oracle.random.seed(seed)
+        with pytest.MonkeyPatch.context() as patch:
+            clock = Clock(patch, engine, lambda n: 1.0 + steep * (n - 1))
+            out = engine.run([(request, Parts(oracle, budget=16, measured=True))])[0][0]
+        assert out.tokens == plain.tokens
+        speedups.append(199 / (clock.time - (1.0 + steep * 2)))  # without the prompt
+    assert min(speedups) >= 0.97
     if skill == 0.0 or steep == 1.0:
-        assert speedup >= 0.97
-    elif (steep, skill) == (0.02, 1.0):
-        assert speedup >= 5
-    else:
-        assert speedup >= 1.05
+        return
+    assert sum(speedups) / len(speedups) >= (5 if (steep, skill) == (0.02, 1.0) else 1.1)
 
 
 def test_batches_share_one_budget_and_rows_without_drafts_are_served(monkeypatch):

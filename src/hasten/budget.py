@@ -25,11 +25,14 @@ _PRIOR = 4.0  # observations that the drafter's own score is worth
 _FREE = 0.01  # share of a pass that drafting takes when there is nothing to save by resting
 _MARGIN = 1.03  # nodes are verified where they promise so many times what a plain pass gives, and not for less
 _UNLIKELY = 0.02  # a node that is right less often pays nowhere
+_AGAIN = 8  # passes until a costly drafter that does not pay is weighed again
 _CREDIT = 0.5  # plain passes of time that a drafter may lose before it rests; half of it after a rest
 _PROVEN = 2.0  # plain passes of time gained that are remembered in its favour
 _REST = 8  # a rest in passes; the next one is twice as long
 _LONGEST = 32  # but no longer than this: texts begin to repeat themselves at any place
 _LONGEST_TOGETHER = 64  # several rows lose more by drafts that fail, and each has less to gain
+_WINDOW, _LEAST = 16, 8  # nodes asked of a cheap drafter at first, and at least
+_IDLE = 16  # drafts of which no more than a quarter was verified, after which half as many nodes are asked for
 CHEAP = 0.04  # share of a plain pass that drafting may take before it is weighed before it is done
 
 
@@ -232,6 +235,18 @@ class _Book:
         self.credit = _CREDIT  # plain passes of time that it gained
         self.pause, self.nap = 0, _REST  # its rest in passes, and the next one's
         self.blind, self.rest = 0, 8  # passes without its placeholders, and how many there are to be
+        self.window, self.idle = _WINDOW, 0  # nodes asked of it at most; drafts in a row of which little was verified
+
+    def kept(self, nodes: int, drafted: int) -> None:
+        """Of `drafted` nodes so many were verified: ask for twice as many if that was all, for half if few are needed.
+
+        Every node drafted costs time, whether it is verified or not.
+        """
+        self.idle = self.idle + 1 if 4 * nodes <= self.window else 0
+        if drafted >= self.window - 1 and nodes >= 0.9 * drafted:  # sizes go in steps
+            self.window = min(2 * self.window, GRID[-1])
+        elif self.idle >= _IDLE:
+            self.window, self.idle = max(_LEAST, self.window // 2), 0
 
     def earn(self, gain: float, longest: int) -> None:
         """It gained so many plain passes of time, or lost them; with no credit left it rests, each time twice as long.
@@ -268,21 +283,25 @@ class Budget:
     def ask(self, drafter: Drafter, caps: Sequence[int]) -> list[int]:
         """Nodes to ask of `drafter` for each row, at most `caps`; all zeros: do not ask it this time.
 
-        A drafter that is cheap and proposes fixed tokens is asked for all: its drafts are cut afterwards, by what they say.
-        It rests for a few passes where its drafts lost more time than they gained. One that costs something, or samples
-        (whose draft must not be cut by its tokens), is weighed before.
+        A drafter that is cheap and proposes fixed tokens is asked for as many as were lately of use, and they are cut
+        afterwards by what they say. It rests for a few passes where its drafts lost more time than they gained. One that
+        costs something, or samples (whose draft must not be cut by its tokens), is weighed before.
         """
         book, rows, cap = self.book(drafter), len(caps), max(caps)
         self.promised = float(rows)
         plain = self.cost(rows, rows)
-        drafting = book.cost(rows, rows + sum(caps))
+        drafting = book.cost(rows, rows + sum(min(one, book.window) for one in caps))
         if drafter.draws == "point" and (drafting <= CHEAP * plain or getattr(drafter, "weighed", False)):
             if book.pause:
                 book.pause -= 1
                 return [0] * rows
-            return list(caps)
+            return [min(one, book.window) for one in caps]
         if not plain:
             return [0] * rows
+        if book.skipped:  # it did not pay, and little was learnt of it since
+            book.skipped += 1
+            if book.skipped % _AGAIN:
+                return [0] * rows
         best, chosen = 1.0 / plain, 0
         for nodes in (size for size in GRID if 0 < size <= cap):
             asked = rows + sum(min(nodes, one) for one in caps)
@@ -291,10 +310,10 @@ class Budget:
                 best, chosen = rate, nodes
         if chosen:
             book.skipped, book.patience = 0, 8
-        else:
-            book.skipped += 1
-            if book.skipped >= book.patience:  # times change: look again, ever more rarely
-                book.skipped, book.patience, chosen = 0, min(2 * book.patience, 128), min(2, cap)
+        elif book.skipped < book.patience:
+            book.skipped = max(1, book.skipped)
+        else:  # times change: look again, ever more rarely
+            book.skipped, book.patience, chosen = 0, min(2 * book.patience, 128), min(2, cap)
         return [min(chosen, one) for one in caps]
 
     def looks(self, drafter: Drafter, rows: int, extra: int) -> bool:
@@ -361,6 +380,8 @@ class Budget:
         chosen: list[list[int]] = [[] for _ in drafts]
         for _, i, node in ranked[:kept]:
             chosen[i].append(node)
+        for nodes, (_, drafter, draft) in zip(chosen, drafts, strict=True):
+            self.book(drafter).kept(len(nodes), len(draft))
         return [
             select(draft, deepest_first(draft, chosen[i])) if drafter.draws == "point" else draft
             for i, (_, drafter, draft) in enumerate(drafts)

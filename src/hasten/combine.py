@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 AUTO: tuple[str, ...] = ("prompt-lookup", "token-recycling")  # what "auto" drafts with: exact, untrained, any causal model
 TRAINED = ("aded", "fspad")  # and with those of these that were made for the model
-# On the native stack only the first of each: beside its short passes the others take longer than they save (bench/spec.py).
+SHORT_S = (
+    0.01  # beside shorter passes only what reads the text alone: the others take longer than they save (bench/spec.py)
+)
 
 
 def presets(capabilities: Capabilities) -> Mapping[str, tuple[str, ...]]:
@@ -53,7 +55,7 @@ def combine(names: tuple[str, ...], context: MethodContext, cost: Callable[[], P
             )
         if slugs[0] == "plain":
             return PLAIN
-        names = _auto(context)
+        names = _auto(context, cost)
         slugs = [registry.parse(name)[0] for name in names]
     cards = [registry.card(slug) for slug in slugs]
     for i, one in enumerate(cards):
@@ -97,16 +99,20 @@ def _tuned(names: tuple[str, ...], slugs: Sequence[str], context: MethodContext)
     return read(context.backbone, context.model).method
 
 
-def _auto(context: MethodContext) -> tuple[str, ...]:
-    """What "auto" drafts with: what needs no training, and what was counted or trained for this model."""
+def _auto(context: MethodContext, cost: Callable[[], PassCost]) -> tuple[str, ...]:
+    """What "auto" drafts with: what needs no training, and what was counted or trained for this model.
+
+    On the native stack, whose passes over a small model take a few milliseconds, prompt lookup by itself.
+    """
     from hasten.models.feature import weights_path
     from hasten.models.stack import DecoderStack
 
     if not isinstance(context.backbone, DecoderStack):
         return AUTO
-    native = context.backbone.name == "native"
-    names = list(AUTO[:1] if native else AUTO)
-    for slug in TRAINED[:1] if native else TRAINED:
+    if context.backbone.name == "native" and 0.0 < cost()(1, 1) < SHORT_S:
+        return AUTO[:1]
+    names = list(AUTO)
+    for slug in TRAINED:
         with suppress(ConfigError):  # none was made for this model
             weights_path(slug, context.backbone, context.model)
             names.append(slug)

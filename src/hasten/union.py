@@ -106,6 +106,21 @@ class Union:
     def _pays(self, record: _Record, parts: Sequence[list[tuple[Draft, list[float]]]], seconds: float, rows: int) -> bool:
         """Whether a member that takes `seconds` promises more tokens per second than what is drafted already."""
         assert self._cost is not None  # noqa: S101 - asked for only with measured passes
+        typical = self._cost(rows, rows * (1 + _TYPICAL)) + seconds
+        if rows * (1 + record.gain) * self._cost(rows, rows) > rows * typical and self._better(
+            record, parts, typical, rows
+        ):
+            record.skipped, record.patience = 0, 8
+            return True
+        record.skipped += 1
+        if record.skipped < record.patience:
+            return False
+        record.skipped, record.patience = 0, min(2 * record.patience, 64)  # look again, ever more rarely
+        return True
+
+    def _better(self, record: _Record, parts: Sequence[list[tuple[Draft, list[float]]]], seconds: float, rows: int) -> bool:
+        """Whether its usual nodes, in a pass and drafting of so many `seconds`, beat what is drafted already."""
+        assert self._cost is not None  # noqa: S101 - asked for only with measured passes
         merged = [merge(part, _MOST) for part in parts]
         reach = sorted((chance for draft in merged for chance in paths(draft, draft.scores or ())), reverse=True)
         without, total = rows / self._cost(rows, rows), 0.0
@@ -114,14 +129,7 @@ class Union:
             if nodes in GRID:
                 without = max(without, (rows + total) / self._cost(rows, rows + nodes))
         promised = rows + max(rows * record.gain, sum(reach[: rows * _TYPICAL]))
-        if promised / (self._cost(rows, rows * (1 + _TYPICAL)) + seconds) > without:
-            record.skipped, record.patience = 0, 8
-            return True
-        record.skipped += 1
-        if record.skipped < record.patience:
-            return False
-        record.skipped, record.patience = 0, min(2 * record.patience, 64)  # look again, ever more rarely
-        return True
+        return promised / seconds > without
 
     def observe(self, feedback: Sequence[Feedback]) -> None:
         """Every member hears what it asked for, and no more."""

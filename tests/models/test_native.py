@@ -10,12 +10,14 @@ import pytest
 import tiny
 import torch
 
-from hasten.engine.contracts import LayerHooks, Needs, RowInput
+from hasten.combine import combine
+from hasten.engine.contracts import LayerHooks, MethodContext, Needs, RowInput
 from hasten.engine.engine import PLAIN, Engine
 from hasten.engine.masks import CAUSAL, FULL, BlockCausal, Explicit, PerLayer, PrefixLM, Tree
 from hasten.errors import ConfigError, HastenError, MemoryFitError, UnsupportedError
 from hasten.kernels import library
 from hasten.models.load import load
+from hasten.pass_cost import PassCost
 from hasten.types import Request, SamplingParams
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="the native library was not built")
@@ -290,3 +292,17 @@ def test_weights_rounded_when_loaded_are_smaller_and_near(weights, tmp_path):
     assert 0 < error < {"int8": 0.03, "int4": 0.4, "int4-min": 0.4}[weights]
     with pytest.raises(UnsupportedError, match="packed only"):
         _ = rounded.model.oracle
+
+
+def test_auto_drafts_with_prompt_lookup_alone_where_passes_are_short():
+    """Beside passes of a few milliseconds the other drafters' bookkeeping takes longer than they save."""
+    model = load("mini-ar", backbone="native").model
+    context = MethodContext("mini-ar", model)
+
+    def auto(seconds: float) -> tuple[str, ...]:
+        spent = PassCost()
+        spent.expect(1, {1: seconds})
+        return combine(("auto",), context, lambda: spent).method
+
+    assert auto(0.004) == ("prompt-lookup",)
+    assert auto(0.05)[:2] == ("prompt-lookup", "token-recycling")

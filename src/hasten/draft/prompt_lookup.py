@@ -104,8 +104,9 @@ class PromptLookup:
         return min(self.config.nodes, budget)
 
     def open(self, row: int, prompt: Sequence[int]) -> None:
-        """Start an empty index; tokens are read at the first draft."""
-        self._rows[row] = _Index(self.config)
+        """Read the prompt, once: a draft then reads the few tokens since the one before."""
+        self._rows[row] = index = _Index(self.config)
+        index.extend(prompt)
 
     def propose(self, rows: Sequence[RowView], budgets: Sequence[int]) -> Sequence[Draft]:
         """One chain per row, empty where nothing matches."""
