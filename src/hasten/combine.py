@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 
 AUTO: tuple[str, ...] = ("prompt-lookup", "token-recycling")  # what "auto" drafts with: exact, untrained, any causal model
 TRAINED = ("aded", "fspad")  # and with those of these that were made for the model
-SHORT_S = (
-    0.01  # beside shorter passes only what reads the text alone: the others take longer than they save (bench/spec.py)
-)
+# On the native stack only the first of each: beside its short passes the others take longer than they save (bench/spec.py).
+LARGE = 200_000_000  # bytes of packed weights from which a pass is long enough for a counted table, by this alone
 
 
 def presets(capabilities: Capabilities) -> Mapping[str, tuple[str, ...]]:
@@ -55,7 +54,7 @@ def combine(names: tuple[str, ...], context: MethodContext, cost: Callable[[], P
             )
         if slugs[0] == "plain":
             return PLAIN
-        names = _auto(context, cost)
+        names = _auto(context)
         slugs = [registry.parse(name)[0] for name in names]
     cards = [registry.card(slug) for slug in slugs]
     for i, one in enumerate(cards):
@@ -99,20 +98,23 @@ def _tuned(names: tuple[str, ...], slugs: Sequence[str], context: MethodContext)
     return read(context.backbone, context.model).method
 
 
-def _auto(context: MethodContext, cost: Callable[[], PassCost]) -> tuple[str, ...]:
+def _auto(context: MethodContext) -> tuple[str, ...]:
     """What "auto" drafts with: what needs no training, and what was counted or trained for this model.
 
     On the native stack, whose passes over a small model take a few milliseconds, prompt lookup by itself.
     """
     from hasten.models.feature import weights_path
+    from hasten.models.native import NativeStack
     from hasten.models.stack import DecoderStack
 
-    if not isinstance(context.backbone, DecoderStack):
+    backbone = context.backbone
+    if not isinstance(backbone, DecoderStack):
         return AUTO
-    if context.backbone.name == "native" and 0.0 < cost()(1, 1) < SHORT_S:
-        return AUTO[:1]
-    names = list(AUTO)
-    for slug in TRAINED:
+    names, trained = list(AUTO), TRAINED
+    if isinstance(backbone, NativeStack):
+        large = sum(one.nbytes for one in backbone.weights.matrices.values()) >= LARGE
+        names, trained = names[:1], TRAINED[:1] if large else ()
+    for slug in trained:
         with suppress(ConfigError):  # none was made for this model
             weights_path(slug, context.backbone, context.model)
             names.append(slug)

@@ -286,7 +286,7 @@ class Policy:
                 field="prompt",
             )
         room = capabilities.max_len - len(prompt)
-        asked = LIMITS.canvas if sampling.max_tokens is None else sampling.max_tokens
+        asked = sampling.max_tokens or capabilities.canvas or LIMITS.canvas
         slots = [-1] * min(asked, room) if request.template is None else list(request.template)
         if len(slots) > room:
             raise ContextLengthError(

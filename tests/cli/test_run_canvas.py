@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
 import hasten as package
 from hasten.cli._canvas import CanvasView
+from hasten.models.catalog import MINI
 from hasten.types import Event
 
 
@@ -28,6 +30,33 @@ def test_every_preset_decodes(hasten, method):
     assert result.code == 0
     usage = json.loads(result.out)["usage"]
     assert 1 <= usage["forwards"] <= 33
+
+
+@pytest.mark.parametrize("method", ["auto", "fast"])
+def test_a_short_task_whose_length_nobody_gave_is_answered_right(hasten, mini, method):
+    """The model says how long its answers are; in a canvas of 256 the same task comes out wrong or empty."""
+    for task, answer in (("reverse: k d b a", "a b d k"), ("sort: k a d b", "a b d k"), ("copy: cat sun", "cat sun")):
+        result = hasten("run", "mini-dlm", task, "--method", method)
+        assert (result.code, result.out) == (0, answer + "\n")
+        assert mini.chat([{"role": "user", "content": task}], method=method).text == answer
+    result = hasten("chat", "mini-dlm", "--method", method, "--json", stdin=b"sort: k a d b\n")
+    assert json.loads(result.out)["text"] == "a b d k"
+    assert mini.model.capabilities.canvas == 64
+
+
+@pytest.mark.parametrize("value", [0, -3, "many", 2.5])
+def test_a_wrong_length_in_a_models_files_is_refused_by_name(hasten, tmp_path, value):
+    shutil.copytree(MINI / "mini-dlm", tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"max_new_tokens": value}))
+    result = hasten("run", str(tmp_path / "model"), "copy: a")
+    assert result.code != 0
+    assert "max_new_tokens" in result.err
+
+
+def test_slots_and_a_length_at_once_are_refused(hasten):
+    result = hasten("run", "mini-dlm", "--raw", "--fill", "copy: a\n<mask:3>", "--max-tokens", "8")
+    assert result.code != 0
+    assert "max_tokens is given" in result.err
 
 
 def test_the_exact_preset_gives_the_plain_text(mini):

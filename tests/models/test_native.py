@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import checkpoints
 import numpy as np
@@ -10,14 +11,13 @@ import pytest
 import tiny
 import torch
 
-from hasten.combine import combine
+from hasten.combine import _auto
 from hasten.engine.contracts import LayerHooks, MethodContext, Needs, RowInput
 from hasten.engine.engine import PLAIN, Engine
 from hasten.engine.masks import CAUSAL, FULL, BlockCausal, Explicit, PerLayer, PrefixLM, Tree
 from hasten.errors import ConfigError, HastenError, MemoryFitError, UnsupportedError
 from hasten.kernels import library
 from hasten.models.load import load
-from hasten.pass_cost import PassCost
 from hasten.types import Request, SamplingParams
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="the native library was not built")
@@ -294,15 +294,14 @@ def test_weights_rounded_when_loaded_are_smaller_and_near(weights, tmp_path):
         _ = rounded.model.oracle
 
 
-def test_auto_drafts_with_prompt_lookup_alone_where_passes_are_short():
-    """Beside passes of a few milliseconds the other drafters' bookkeeping takes longer than they save."""
-    model = load("mini-ar", backbone="native").model
-    context = MethodContext("mini-ar", model)
+def test_auto_drafts_with_prompt_lookup_alone_where_passes_are_short(monkeypatch):
+    """Beside passes of a few milliseconds the bookkeeping of a counted table takes longer than it saves."""
+    monkeypatch.setattr("hasten.models.feature.weights_path", lambda *_: Path("counted.safetensors"))
 
-    def auto(seconds: float) -> tuple[str, ...]:
-        spent = PassCost()
-        spent.expect(1, {1: seconds})
-        return combine(("auto",), context, lambda: spent).method
+    def auto(backbone: str) -> tuple[str, ...]:
+        return _auto(MethodContext("mini-ar", load("mini-ar", backbone=backbone).model))
 
-    assert auto(0.004) == ("prompt-lookup",)
-    assert auto(0.05)[:2] == ("prompt-lookup", "token-recycling")
+    assert auto("native") == ("prompt-lookup",)
+    assert auto("torch") == ("prompt-lookup", "token-recycling", "aded", "fspad")
+    monkeypatch.setattr("hasten.combine.LARGE", 1)
+    assert auto("native") == ("prompt-lookup", "aded")

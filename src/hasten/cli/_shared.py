@@ -137,6 +137,11 @@ def stats_line(output: Output) -> str:
     )
 
 
+def length(llm: LLM, fields: dict[str, Any], otherwise: int) -> None:
+    """Fill in max_tokens where it was not given: the length of an answer that the model is made for, or `otherwise`."""
+    fields.setdefault("max_tokens", llm.model.capabilities.canvas or otherwise)
+
+
 def sampling(**fields: Any) -> dict[str, Any]:
     """The sampling fields that were given, every one checked; raises ConfigError naming the field."""
     from hasten.types import SamplingParams

@@ -23,6 +23,7 @@ from hasten.cli._shared import (
     Weights,
     as_json,
     check_methods,
+    length,
     open_model,
     output_json,
     print_text,
@@ -47,7 +48,9 @@ def register(app: typer.Typer) -> None:
 def chat(
     model: Annotated[str, typer.Argument(help="Catalog name, directory, hub id, .gguf or .safetensors file.")],
     system: Annotated[str, typer.Option(help="A system message to start with.")] = "",
-    max_tokens: Annotated[int, typer.Option(help="Tokens per answer at most.")] = 512,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Tokens per answer at most; by default 512, or the length the model is made for.")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 always takes the best token; 0.7 varies.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens that together hold this probability.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Repeat a conversation exactly.")] = None,
@@ -83,6 +86,7 @@ def chat(
     )
     if state is not None and state.exists():
         llm.load_state(state)
+    length(llm, fields, 512)
     start = [{"role": "system", "content": system}] if system else []
     history = list(start)
     terminal, ctrl_c = sys.stdin.isatty(), _CtrlC()

@@ -20,6 +20,7 @@ from hasten.cli._shared import (
     Weights,
     as_json,
     check_methods,
+    length,
     open_model,
     output_json,
     print_text,
@@ -38,7 +39,9 @@ def run(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Catalog name, directory, hub id, .gguf or .safetensors file.")],
     prompt: Annotated[str | None, typer.Argument(help='The prompt; "-" reads it from standard input.')] = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 256,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Tokens to generate at most; by default 256, or the length the model is made for.")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 always takes the best token; 0.7 varies; above 1 wanders.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens that together hold this probability.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Keep this many of the likeliest tokens (0 = all).")] = 0,
@@ -121,12 +124,12 @@ def run(
     if state is not None and state.exists():
         llm.load_state(state)
     if fill:
-        del fields["max_tokens"]
         filled = llm.fill(text, method=chosen, **fields)
         typer.echo(as_json(output_json(llm, filled)) if json else filled.text)
         if stats:
             print(stats_line(filled), file=sys.stderr)
         return
+    length(llm, fields, 256)
     if asked is not None:
         fields["grammar"] = asked
     if not raw and llm.tokenizer is not None and llm.tokenizer.chat_template is not None:

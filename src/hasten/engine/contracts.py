@@ -39,7 +39,8 @@ class Capabilities:
     `logit_shift` is 1 when the hidden state at p-1 predicts token p of a canvas (Dream), else 0. `mask_id` is None for
     models without a mask token; `block` is the block size of block-causal ones, `eot_id` ends a chat turn. `truncate` is
     False for caches that can only snapshot and restore (recurrent layers). `self_conditioning`: a pass over a canvas of
-    `block` positions is told the logits of the one before, for models whose open positions hold random ids.
+    `block` positions is told the logits of the one before, for models whose open positions hold random ids. `canvas` is the
+    number of slots of an answer whose length nobody gave.
     """
 
     kind: ModelKind
@@ -61,6 +62,7 @@ class Capabilities:
     eos_ids: tuple[int, ...] = ()
     eot_id: int | None = None
     block: int | None = None
+    canvas: int | None = None
 
     def has(self, need: str) -> bool:
         """Whether the named need is met: a model kind, a flag, a visibility, or `mask_id`."""

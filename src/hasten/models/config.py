@@ -127,7 +127,7 @@ class ModelConfig:
 
     Of kind "masked", a model predicts the positions that hold `mask_id`: with `logit_shift` 1 from the state one position
     earlier; within blocks of `block` positions, each of which sees the ones before it, or all at once (None). `eot_id` ends
-    a turn of a conversation.
+    a turn of a conversation, `canvas` is the length of an answer (its slots) that the model is made for.
     """
 
     family: str
@@ -164,6 +164,7 @@ class ModelConfig:
     eot_id: int | None = None
     logit_shift: int = 0
     block: int | None = None
+    canvas: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden", "heads", "kv_heads", "head_dim", "ffn", "max_len"):

@@ -248,7 +248,7 @@ def _directory(path: Path, options: Options, progress: Progress | None, files: l
     generation = read_json(path / "generation_config.json")
     tokenizer = Tokenizer.from_dir(path) if (path / "tokenizer.json").is_file() else None
     try:
-        config = config_from_hf(_with_ends(raw, generation), tokenizer)
+        config = config_from_hf(_with_generation(raw, generation), tokenizer)
     except UnsupportedError as error:
         if error.field != "model_type" or not isinstance(raw.get("model_type"), str):
             raise
@@ -352,8 +352,13 @@ def _adapted(
     return Loaded(model, tokenizer, model.config, str(path), kind, size)
 
 
-def _with_ends(config: dict[str, Any], generation: dict[str, Any]) -> dict[str, Any]:
-    """The config with the end tokens of both files: instruct models often list theirs only in generation_config."""
+def _with_generation(config: dict[str, Any], generation: dict[str, Any]) -> dict[str, Any]:
+    """The config with the end tokens of both files, and the length of an answer.
+
+    Instruct models often list their ends only in generation_config.
+    """
+    length = generation.get("max_new_tokens")
+    config = config if length is None else {**config, "max_new_tokens": length}
     ends: list[Any] = []
     for value in (config.get("eos_token_id"), generation.get("eos_token_id")):
         ends += value if isinstance(value, list) else [] if value is None else [value]

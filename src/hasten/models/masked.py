@@ -49,7 +49,8 @@ def facts(kind: str, f: Fields, vocab: int, tokenizer: Tokenizer | None) -> dict
     """The fields of ModelConfig that only masked models have.
 
     The mask token is the config's `mask_token_id`, else the tokenizer's, else the released one. The token that ends a turn
-    is the tokenizer's; without a tokenizer the released one, where the vocabulary has it.
+    is the tokenizer's; without a tokenizer the released one, where the vocabulary has it. Raises ConfigError for a
+    `max_new_tokens` (of generation_config.json: the length of an answer) below 1.
     """
     released = MASKED[kind]
     mask = f.one_id("mask_token_id")
@@ -61,12 +62,16 @@ def facts(kind: str, f: Fields, vocab: int, tokenizer: Tokenizer | None) -> dict
     else:
         eot = released.eot
     block = None if released.block is None else f.integer(released.block_field, released.block)
+    canvas = None if f.config.get("max_new_tokens") is None else f.integer("max_new_tokens")
+    if canvas is not None and canvas < 1:
+        raise out_of_range("max_new_tokens", canvas, "at least 1")
     return {
         "kind": "masked",
         "mask_id": mask,
         "eot_id": eot if eot is not None and eot < vocab and eot != mask else None,
         "logit_shift": released.shift,
         "block": block,
+        "canvas": canvas,
     }
 
 

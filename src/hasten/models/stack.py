@@ -41,6 +41,7 @@ def capabilities_of(config: ModelConfig, *, hooks: bool) -> Capabilities:
         eos_ids=c.eos_ids,
         eot_id=c.eot_id,
         block=c.block,
+        canvas=c.canvas,
     )
 
 

@@ -127,7 +127,7 @@ async def begin(
             template = None
             if suffix is not None:
                 after = llm.encode(suffix) if llm.tokenizer is None else llm.tokenizer.encode(suffix, bos=False)
-                template = (*[-1] * (max_tokens or LIMITS.canvas), *after)
+                template = (*[-1] * (max_tokens or llm.model.capabilities.canvas or LIMITS.canvas), *after)
                 params = replace(params, max_tokens=None)
             out.append(Request(tuple(ids), params, names, template=template, grammar=grammar, tenant=owner))
         return tuple(out)

@@ -94,12 +94,18 @@ def config_of(shape: Shape) -> dict[str, Any]:
     return {**heads, "architectures": ["SDARForCausalLM"], "attention_bias": False, "block_size": shape.block}
 
 
+ANSWER = 64  # slots of a canvas whose length nobody gave
+
+
 def export(network: Network, folder: Path, facts: dict[str, Any]) -> None:
     """Write config.json, model.safetensors in float16, the tokenizer and card.json, which `facts` are."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: weight.detach().to(torch.float16).contiguous() for name, weight in released(network).items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    for name, content in (("config.json", config_of(network.shape)), ("card.json", facts)):
+    files = {"config.json": config_of(network.shape), "card.json": facts}
+    if network.shape.kind == "full":  # in a wide canvas a short answer comes out wrong
+        files["generation_config.json"] = {"max_new_tokens": ANSWER}
+    for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     alphabet.write_tokenizer(folder)
 
