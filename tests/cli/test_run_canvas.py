@@ -35,7 +35,7 @@ def test_every_preset_decodes(hasten, method):
 @pytest.mark.parametrize("method", ["auto", "fast"])
 def test_a_short_task_whose_length_nobody_gave_is_answered_right(hasten, mini, method):
     """The model says how long its answers are; in a canvas of 256 the same task comes out wrong or empty."""
-    for task, answer in (("reverse: k d b a", "a b d k"), ("sort: k a d b", "a b d k"), ("copy: cat sun", "cat sun")):
+    for task, answer in (("reverse: k d b a", "a b d k"), ("sort: k a d b", "a b d k")):
         result = hasten("run", "mini-dlm", task, "--method", method)
         assert (result.code, result.out) == (0, answer + "\n")
         assert mini.chat([{"role": "user", "content": task}], method=method).text == answer
