@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
+from typing import Any
 
 import torch
 
@@ -55,27 +56,39 @@ def engine(config: ModelConfig = PLAIN, **kwargs: object) -> Engine:
     return Engine(model(config), **{"cache_bytes": 32_000_000, **kwargs})  # type: ignore[arg-type]
 
 
-@cache
 def trained() -> tuple[Engine, Callable[[int], list[int]]]:
-    """An engine over a tiny model trained on texts made of twelve recurring lines, and a source of such texts."""
+    """An engine over a tiny model trained on texts made of twelve recurring lines, and a source of such texts.
+
+    The source starts anew for every caller: what a test draws does not depend on those that ran before it.
+    """
+    engine, lines, state = _trained()
+    r = random.Random()
+    r.setstate(state)
+    return engine, partial(_text, r, lines)
+
+
+def _text(r: random.Random, lines: list[list[int]], length: int) -> list[int]:
+    out: list[int] = []
+    while len(out) < length:
+        out += r.choice(lines)
+    return out[:length]
+
+
+@cache
+def _trained() -> tuple[Engine, list[list[int]], tuple[Any, ...]]:
+    """The engine, the lines, and where the draws stood after the training."""
     r = random.Random(1)
     lines = [[r.randrange(10, VOCAB) for _ in range(r.randint(5, 9))] + [1] for _ in range(12)]
-
-    def text(length: int) -> list[int]:
-        out: list[int] = []
-        while len(out) < length:
-            out += r.choice(lines)
-        return out[:length]
 
     stack = model(scale=0.1)
     for parameter in stack.parameters():
         parameter.requires_grad_(True)
     optimiser = torch.optim.AdamW(stack.parameters(), lr=3e-3)
     for _ in range(120):
-        ids = torch.tensor([text(49) for _ in range(16)])
+        ids = torch.tensor([_text(r, lines, 49) for _ in range(16)])
         loss = torch.nn.functional.cross_entropy(stack(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
     assert loss.item() < 1.0
-    return Engine(stack.eval().requires_grad_(False), cache_bytes=32_000_000), text
+    return Engine(stack.eval().requires_grad_(False), cache_bytes=32_000_000), lines, r.getstate()

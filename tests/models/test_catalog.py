@@ -51,7 +51,8 @@ def test_fetched_models_and_unknown_names_are_as_before(shelf):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_what_comes_with_the_package_is_whole_and_small(name):
     folder = catalog.pull(name)
-    assert {path.name for path in folder.iterdir()} == {
+    canvas = {"generation_config.json"} if name.startswith("mini-dlm") else set()  # the length of its answers
+    assert {path.name for path in folder.iterdir()} == canvas | {
         "card.json", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert (folder / "model.safetensors").stat().st_size < 12e6
