@@ -238,7 +238,7 @@ class _Book:
         self.window, self.idle = _WINDOW, 0  # nodes asked of it at most; drafts in a row of which little was verified
 
     def kept(self, nodes: int, drafted: int) -> None:
-        """Of `drafted` nodes so many were verified: ask for twice as many if that was all, for half if few are needed.
+        """Of `drafted` nodes so many were verified: twice as many are asked for if nearly all were, half if few are.
 
         Every node drafted costs time, whether it is verified or not.
         """
@@ -381,7 +381,8 @@ class Budget:
         for _, i, node in ranked[:kept]:
             chosen[i].append(node)
         for nodes, (_, drafter, draft) in zip(chosen, drafts, strict=True):
-            self.book(drafter).kept(len(nodes), len(draft))
+            if drafter.draws == "point":
+                self.book(drafter).kept(len(nodes), len(draft))
         return [
             select(draft, deepest_first(draft, chosen[i])) if drafter.draws == "point" else draft
             for i, (_, drafter, draft) in enumerate(drafts)

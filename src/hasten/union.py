@@ -106,10 +106,9 @@ class Union:
     def _pays(self, record: _Record, parts: Sequence[list[tuple[Draft, list[float]]]], seconds: float, rows: int) -> bool:
         """Whether a member that takes `seconds` promises more tokens per second than what is drafted already."""
         assert self._cost is not None  # noqa: S101 - asked for only with measured passes
-        typical = self._cost(rows, rows * (1 + _TYPICAL)) + seconds
-        if rows * (1 + record.gain) * self._cost(rows, rows) > rows * typical and self._better(
-            record, parts, typical, rows
-        ):
+        whole = self._cost(rows, rows * (1 + _TYPICAL)) + seconds
+        # first against a plain pass: that is known without looking at the drafts
+        if (1 + record.gain) * self._cost(rows, rows) > whole and self._beats(parts, record.gain, whole, rows):
             record.skipped, record.patience = 0, 8
             return True
         record.skipped += 1
@@ -118,8 +117,8 @@ class Union:
         record.skipped, record.patience = 0, min(2 * record.patience, 64)  # look again, ever more rarely
         return True
 
-    def _better(self, record: _Record, parts: Sequence[list[tuple[Draft, list[float]]]], seconds: float, rows: int) -> bool:
-        """Whether its usual nodes, in a pass and drafting of so many `seconds`, beat what is drafted already."""
+    def _beats(self, parts: Sequence[list[tuple[Draft, list[float]]]], gain: float, seconds: float, rows: int) -> bool:
+        """Whether `gain` tokens more per row in a pass of so many `seconds` are more per second than what is drafted."""
         assert self._cost is not None  # noqa: S101 - asked for only with measured passes
         merged = [merge(part, _MOST) for part in parts]
         reach = sorted((chance for draft in merged for chance in paths(draft, draft.scores or ())), reverse=True)
@@ -128,7 +127,7 @@ class Union:
             total += chance
             if nodes in GRID:
                 without = max(without, (rows + total) / self._cost(rows, rows + nodes))
-        promised = rows + max(rows * record.gain, sum(reach[: rows * _TYPICAL]))
+        promised = rows + max(rows * gain, sum(reach[: rows * _TYPICAL]))
         return promised / seconds > without
 
     def observe(self, feedback: Sequence[Feedback]) -> None:

@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from hasten.errors import ConfigError, FormatError
 from hasten.models.families import FAMILIES, config_from_hf, state_from_hf
+from hasten.models.load import load
 from hasten.models.tokenizer import Tokenizer
 from hasten.models.transformer import Transformer
 from hasten.train import alphabet, network
 from hasten.train.network import KINDS, Network, Shape, attend, block_causal
-from hasten.train.released import config_of, export, model_type, read, released
+from hasten.train.released import ANSWER, config_of, export, model_type, read, released
 
 TINY = Shape(hidden=32, layers=2, heads=2, ffn=48)
 
@@ -130,6 +131,7 @@ def test_exports_are_read_back_and_small(kind, tmp_path):
         assert torch.equal(weight, net.state_dict()[name].half().float())
     assert {one.dtype for one in load_file(tmp_path / "model.safetensors").values()} == {torch.float16}
     assert json.loads((tmp_path / "card.json").read_text())["name"] == "x"
+    assert load(tmp_path).model.capabilities.canvas == (ANSWER if net.shape.kind == "full" else None)
     assert (
         sum(p.numel() for p in Network(replace(net.shape, hidden=256, layers=4, heads=4, ffn=704)).parameters()) * 2 < 12e6
     )
