@@ -17,7 +17,7 @@ from typing import Any
 from hasten.errors import HastenError, UnsupportedError, out_of_range
 
 ABI = 2
-LEVELS = ("auto", "avx512", "avx2", "portable")
+LEVELS = ("auto", "amx", "avx512", "avx2", "portable")
 PARTS = ("norm", "qkv", "attention", "out", "ffn", "down", "head")
 ACTIVATIONS = ("exact", "int8")
 KV_TYPES = ("float32", "bfloat16", "int8")
@@ -160,7 +160,7 @@ def check(code: int) -> int:
 
 
 def level() -> str:
-    """The instruction set in use: avx512, avx2 or portable."""
+    """The instruction set in use: amx (with avx512), avx512, avx2 or portable."""
     return str(native().hasten_isa().decode())
 
 

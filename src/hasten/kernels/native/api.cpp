@@ -5,6 +5,12 @@
 #include <stdlib.h>
 #include <string.h>
 
+#if defined(HASTEN_HAS_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
 #include <mutex>
 
@@ -32,6 +38,18 @@ int fail(const char *format, ...) {
   return -1;
 }
 
+#if defined(HASTEN_HAS_AMX)
+// AMX with byte products: the processor has it, and the system lets this process use its large state.
+bool has_amx() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const unsigned tile = 1u << 24, int8 = 1u << 25;
+  if ((d & tile) == 0 || (d & int8) == 0) return false;
+  constexpr int ASK = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, ASK, TILE_DATA) == 0;
+}
+#endif
+
 const Kernels *offered(const char *name) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -40,8 +58,14 @@ const Kernels *offered(const char *name) {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512vnni");
   (void)avx512;
+#if defined(HASTEN_HAS_AMX)
+  static const bool amx = avx512 && has_amx();
+#endif
 #endif
   const bool any = !strcmp(name, "auto");
+#if defined(HASTEN_HAS_AMX)
+  if (amx && (any || !strcmp(name, "amx"))) return kernels_amx();
+#endif
 #if defined(HASTEN_HAS_AVX512)
   if (avx512 && (any || !strcmp(name, "avx512"))) return kernels_avx512();
 #endif
@@ -93,6 +117,7 @@ int grow(T *&p, int64_t count, int64_t &bytes) {
 template <class A>
 int grow_acts(A &a, int64_t tokens, int64_t cols, int64_t &bytes) {
   a.cols = (cols + TILE - 1) / TILE * TILE;
+  tokens = tokens / 16 * 16 + 32;  // whole blocks, and one more: products of a whole block look behind the last token
   const int64_t tiles = tokens * (a.cols / TILE);
   return grow(a.f, tokens * a.cols, bytes) || grow(a.q, 3 * tokens * a.cols, bytes) || grow(a.scale, tiles, bytes) ||
          grow(a.total, tiles, bytes) || grow(a.whole, 6 * tiles, bytes);  // up to three digits

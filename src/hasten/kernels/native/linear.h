@@ -9,22 +9,22 @@
 #pragma once
 #include "layout.h"
 
-// Activations of T tokens with `cols` columns: floats, and their form in bytes: tile after tile, digit after digit (INT8: one
-// digit) the 32 columns' bytes, lowest digit first. A tile has one scale and one sum, a digit the sums of its halves.
+// Activations of T tokens with `cols` columns: floats, and their form in bytes. Tokens go in blocks of 16; a block's tiles of
+// 32 columns follow one another, within a tile token after token its digits (INT8: one) of 32 bytes, lowest digit first.
+// A token's tile has one scale and one sum, a digit the sums of its halves.
+constexpr int BLOCK = 16;
+
 struct Acts {
   float *f;        // [T, cols]
-  int8_t *q;       // [T, cols / 32, digits, 32]
-  float *scale;    // [T, cols / 32]
-  float *total;    // [T, cols / 32] sum of the values (in bytes: of the rounded ones)
-  int32_t *whole;  // [T, cols / 32, digits, 2] sums of 16 columns of q
+  int8_t *q;       // [T / 16, cols / 32, width, digits, 32]
+  float *scale;    // [T / 16, cols / 32, width]
+  float *total;    // [T / 16, cols / 32, width] sum of the values (in bytes: of the rounded ones)
+  int32_t *whole;  // [T / 16, cols / 32, width, digits, 2] sums of 16 columns of q
   int cols, tiles;
+  int width;  // 16, or T where there are fewer: what one token reads lies close together
   bool int8;
+  int64_t at(int t, int b) const { return (int64_t)(t / BLOCK) * BLOCK * tiles + b * width + t % BLOCK; }
 };
-
-template <int D>
-inline const int8_t *bytes_of(const Acts &a, int t, int b) { return a.q + (int64_t)(t * a.tiles + b) * D * TILE; }
-template <int D>
-inline const int32_t *halves_of(const Acts &a, int t, int b) { return a.whole + (int64_t)(t * a.tiles + b) * D * 2; }
 
 inline int exponent(float x) {  // of a number that is not negative
   int32_t bits;
@@ -44,15 +44,15 @@ constexpr float MOST = 127 * 65536 + 127 * 256 + 127;  // of three digits
 template <int D>
 inline void finish_bytes(const Acts &a, int t, int b) {
   const float *x = a.f + (int64_t)t * a.cols + b * TILE;
-  const int at = t * a.tiles + b;
+  const int64_t at = a.at(t, b);
   const vf lo = load(x), hi = load(x + 16);
-  const float all = sum(add(lo, hi)), peak = largest(max(abs(lo), abs(hi)));
-  int8_t *q = a.q + (int64_t)at * D * TILE;
-  int32_t *whole = a.whole + (int64_t)at * D * 2;
-  if (all - all != 0.0f) {  // a value is not finite: it must not be lost in rounding
+  const float peak = largest_size(lo, hi);
+  int8_t *q = a.q + at * D * TILE;
+  int32_t *whole = a.whole + at * D * 2;
+  if (peak - peak != 0.0f) {  // a value is not finite: it must not be lost in rounding
     memset(q, 0, D * TILE);
     memset(whole, 0, D * 2 * sizeof(int32_t));
-    a.scale[at] = a.total[at] = all - all;
+    a.scale[at] = a.total[at] = peak - peak;
     return;
   }
   float up = peak > 0 ? 127.0f / peak : 0.0f, scale = peak / 127.0f;
@@ -62,18 +62,9 @@ inline void finish_bytes(const Acts &a, int t, int b) {
     if (peak * up > MOST) up *= 0.5f;
     scale = up > 0 ? 1.0f / up : 0.0f;
   }
-  const vf wl = round(mul(lo, set(up))), wh = round(mul(hi, set(up)));
-  put_digits<D>(q, wl);
-  put_digits<D>(q + 16, wh);
+  put_digits<D>(q, whole, round(mul(lo, set(up))), round(mul(hi, set(up))));
   float sums = 0.0f;
-  for (int d = D; d-- > 0;) {
-    for (int half = 0; half < 2; half++) {
-      int32_t s = 0;
-      for (int k = 0; k < 16; k++) s += q[d * TILE + half * 16 + k];
-      whole[2 * d + half] = s;
-    }
-    sums = 256.0f * sums + (float)(whole[2 * d] + whole[2 * d + 1]);
-  }
+  for (int d = D; d-- > 0;) sums = 256.0f * sums + (float)(whole[2 * d] + whole[2 * d + 1]);
   a.scale[at] = scale;
   a.total[at] = scale * sums;
 }
@@ -84,7 +75,7 @@ inline void finish_tile(const Acts &a, int t, int b) {
   else if (DIGITS > 1) finish_bytes<DIGITS>(a, t, b);
   else {
     const float *x = a.f + (int64_t)t * a.cols + b * TILE;
-    a.total[t * a.tiles + b] = sum(add(load(x), load(x + 16)));
+    a.total[a.at(t, b)] = sum(add(load(x), load(x + 16)));
   }
 }
 
@@ -107,16 +98,15 @@ inline vf number(const vi *d) {
 template <int TT, int D>
 inline void nibbles_bytes(const uint8_t *tile, const Acts &a, int t0, int b, vf *out, bool centred) {
   vi acc[TT][D];
-  for (int t = 0; t < TT; t++) {
-    const int32_t *whole = halves_of<D>(a, t0 + t, b);
-    for (int d = 0; d < D; d++) acc[t][d] = centred ? set_i(-8 * (whole[2 * d] + whole[2 * d + 1])) : zero();
-  }
+  const int64_t at = a.at(t0, b) * D;
+  const int32_t *whole = a.whole + at * 2;
+  for (int t = 0; t < TT; t++)
+    for (int d = 0; d < D; d++, whole += 2) acc[t][d] = centred ? set_i(-8 * (whole[0] + whole[1])) : zero();
   for (int c = 0; c < 4; c++) {
     const vi w = load_bytes(tile + 64 * c), lo = low_nibbles(w), hi = high_nibbles(w);
-    for (int t = 0; t < TT; t++) {
-      const int8_t *x = bytes_of<D>(a, t0 + t, b) + 4 * c;
-      for (int d = 0; d < D; d++) acc[t][d] = dot_u(dot_u(acc[t][d], lo, x + d * TILE), hi, x + d * TILE + 16);
-    }
+    const int8_t *x = a.q + at * TILE + 4 * c;
+    for (int t = 0; t < TT; t++)
+      for (int d = 0; d < D; d++, x += TILE) acc[t][d] = dot_u(dot_u(acc[t][d], lo, x), hi, x + 16);
   }
   for (int t = 0; t < TT; t++) out[t] = number<D>(acc[t]);
 }
@@ -147,16 +137,15 @@ inline void nibbles_exact(const uint8_t *tile, const Acts &a, int t0, int b, vf 
 template <int TT, int D>
 inline void bytes_bytes(const uint8_t *tile, const Acts &a, int t0, int b, vf *out, int first, int last) {
   vi acc[TT][D];
-  for (int t = 0; t < TT; t++) {
-    const int32_t *whole = halves_of<D>(a, t0 + t, b);
-    for (int d = 0; d < D; d++) acc[t][d] = start_s((first ? 0 : whole[2 * d]) + (last == 8 ? whole[2 * d + 1] : 0));
-  }
+  const int64_t at = a.at(t0, b) * D;
+  const int32_t *whole = a.whole + at * 2;
+  for (int t = 0; t < TT; t++)
+    for (int d = 0; d < D; d++, whole += 2) acc[t][d] = start_s((first ? 0 : whole[0]) + (last == 8 ? whole[1] : 0));
   for (int c = first; c < last; c++) {
     const vi w = ready_s(load_bytes(tile + 64 * c));
-    for (int t = 0; t < TT; t++) {
-      const int8_t *x = bytes_of<D>(a, t0 + t, b) + 4 * c;
-      for (int d = 0; d < D; d++) acc[t][d] = dot_s(acc[t][d], w, x + d * TILE);
-    }
+    const int8_t *x = a.q + at * TILE + 4 * c;
+    for (int t = 0; t < TT; t++)
+      for (int d = 0; d < D; d++, x += TILE) acc[t][d] = dot_s(acc[t][d], w, x);
   }
   for (int t = 0; t < TT; t++) out[t] = number<D>(acc[t]);
 }
@@ -197,15 +186,14 @@ inline void bytes(const uint8_t *tile, const Acts &a, int t0, int b, vf *out, in
 // acc += scale x (the tile's sum), the activations' own scale included.
 template <int TT, bool INT8>
 inline void scaled(vf *acc, vf scale, const vf *part, const Acts &a, int t0, int b) {
-  for (int t = 0; t < TT; t++) {
-    const vf s = INT8 || DIGITS > 1 ? mul(scale, set(a.scale[(t0 + t) * a.tiles + b])) : scale;
-    acc[t] = fma(s, part[t], acc[t]);
-  }
+  const float *own = a.scale + a.at(t0, b);
+  for (int t = 0; t < TT; t++) acc[t] = fma(INT8 || DIGITS > 1 ? mul(scale, set(own[t])) : scale, part[t], acc[t]);
 }
 
 template <int TT>
 inline void lowest(vf *acc, vf minimum, const Acts &a, int t0, int b) {
-  for (int t = 0; t < TT; t++) acc[t] = fma(minimum, set(a.total[(t0 + t) * a.tiles + b]), acc[t]);
+  const float *total = a.total + a.at(t0, b);
+  for (int t = 0; t < TT; t++) acc[t] = fma(minimum, set(total[t]), acc[t]);
 }
 
 // --- one group of 16 rows, one function per layout ---
@@ -287,16 +275,10 @@ inline void group_of(const HastenMatrix &m, int g, const Acts &a, int t0, vf *ac
   for (int t = 0; t < TT; t++) acc[t] = own[t];
 }
 
-constexpr int AT_ONCE = 8;   // most tokens that one reading of the weights serves
+constexpr int AT_ONCE = 8;   // most tokens that one reading of the weights serves by vectors
 constexpr int IN_DIGITS = 4; // and of those in digits: the sums of more do not fit the registers
-constexpr int TOKENS = 64;   // tokens whose activations stay in the cache while all rows pass over them
 
-// Sums of rows 16 g .. 16 g + 15 for tokens t0 .. t0 + n - 1, n <= AT_ONCE, into acc.
-inline void group_sums(const HastenMatrix &m, int g, const Acts &a, int t0, int n, vf *acc) {
-  if (DIGITS > 1 && !a.int8 && n > IN_DIGITS && quantised(m.layout)) {
-    group_sums(m, g, a, t0, IN_DIGITS, acc);
-    return group_sums(m, g, a, t0 + IN_DIGITS, n - IN_DIGITS, acc + IN_DIGITS);
-  }
+inline void sums_by_vectors(const HastenMatrix &m, int g, const Acts &a, int t0, int n, vf *acc) {
   switch (n) {
     case 8: return group_of<8>(m, g, a, t0, acc);
     case 7: return group_of<7>(m, g, a, t0, acc);
@@ -309,19 +291,37 @@ inline void group_sums(const HastenMatrix &m, int g, const Acts &a, int t0, int 
   }
 }
 
-// put(group, token, 16 sums) for groups first..last-1 of m and T tokens.
+// TOKENS: as many as keep their activations in the cache while all rows pass over them.
+#if defined(HASTEN_AMX)
+#include "tiles_amx.h"
+constexpr int TOKENS = 256, BY_TILES = 3, BY_TILES_INT8 = 6;  // fewer tokens are faster by vectors
+#else
+constexpr int TOKENS = 64;
+struct Tiles {};
+#endif
+
+// Sums of rows 16 g .. 16 g + 15 for tokens t0 .. t0 + n - 1 into acc; t0 begins a block, n <= TOKENS.
+inline void group_sums(const HastenMatrix &m, int g, const Acts &a, int t0, int n, vf *acc) {
+#if defined(HASTEN_AMX)
+  if (quantised(m.layout) && n >= (a.int8 ? BY_TILES_INT8 : BY_TILES)) return sums_by_tiles(m, g, a, t0, n, acc);
+#endif
+  const int most = DIGITS > 1 && !a.int8 && quantised(m.layout) ? IN_DIGITS : AT_ONCE;
+  for (int t = 0; t < n; t += most) sums_by_vectors(m, g, a, t0 + t, n - t < most ? n - t : most, acc + t);
+}
+
+struct Span {
+  int from, to;
+};
+
+// put(group, token, 16 sums) for groups first..last-1 of m and tokens that begin a block.
 template <class Put>
-inline void multiply(const HastenMatrix &m, const Acts &a, int T, int first, int last, const Put &put) {
-  for (int at = 0; at < T; at += TOKENS) {
-    const int end = at + TOKENS < T ? at + TOKENS : T;
+inline void multiply(const HastenMatrix &m, const Acts &a, Span tokens, int first, int last, const Put &put) {
+  vf acc[TOKENS];
+  for (int at = tokens.from; at < tokens.to; at += TOKENS) {
+    const int n = tokens.to - at < TOKENS ? tokens.to - at : TOKENS;
     for (int g = first; g < last; g++) {
-      for (int t = at; t < end;) {
-        const int n = end - t < AT_ONCE ? end - t : AT_ONCE;
-        vf acc[AT_ONCE];
-        group_sums(m, g, a, t, n, acc);
-        for (int i = 0; i < n; i++) put(g, t + i, acc[i]);
-        t += n;
-      }
+      group_sums(m, g, a, at, n, acc);
+      for (int i = 0; i < n; i++) put(g, at + i, acc[i]);
     }
   }
 }

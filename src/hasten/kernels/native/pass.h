@@ -1,19 +1,18 @@
-// One forward pass, run by every thread at once: each part is split over rows of a matrix, tokens or heads, and a barrier
-// stands where the next part reads what another thread wrote.
+// One forward pass, run by every thread at once, with a barrier where the next part reads what another thread wrote. A few
+// tokens are split part by part: over rows of a matrix, tokens or heads. Many are shared out once: a thread takes its own
+// through all parts but attention, so that what one part writes is in the next one's cache.
 #pragma once
-
-struct Span {
-  int from, to;
-};
 
 inline Span share(int64_t count, int thread, int threads) {
   return {(int)(count * thread / threads), (int)(count * (thread + 1) / threads)};
 }
 
 template <class Space>
-inline Acts acts(const Space &s, bool int8) {
-  return {s.f, s.q, s.scale, s.total, s.whole, (int)s.cols, (int)(s.cols / TILE), int8};
+inline Acts acts(const Space &s, int tokens, bool int8) {
+  return {s.f, s.q, s.scale, s.total, s.whole, (int)s.cols, (int)(s.cols / TILE), tokens < BLOCK ? tokens : BLOCK, int8};
 }
+
+constexpr int EACH = 64;  // tokens for every thread from which on they are shared out
 
 // Everything a thread needs in a pass.
 struct Thread {
@@ -23,15 +22,38 @@ struct Thread {
   const Workspace &w;
   Acts normed, mixed, inner;
   int id, count;
+  bool shared_out;
+  Span tokens;  // whose products are this thread's
   double since;
 
   Thread(const Stack &s, const HastenPass &pass, int thread, int threads)
-      : stack(s), m(s.model), p(pass), w(s.space), normed(acts(w.normed, m.activations == HASTEN_INT8)),
-        mixed(acts(w.mixed, m.activations == HASTEN_INT8)), inner(acts(w.inner, m.activations == HASTEN_INT8)), id(thread),
-        count(threads), since(0) {}
+      : stack(s), m(s.model), p(pass), w(s.space), id(thread), count(threads), since(0) {
+    const int all = p.queries > p.wanted_total ? p.queries : p.wanted_total;
+    const bool int8 = m.activations == HASTEN_INT8;
+    normed = acts(w.normed, all, int8), mixed = acts(w.mixed, all, int8), inner = acts(w.inner, all, int8);
+    shared_out = count > 1 && p.queries >= EACH * count;
+    tokens = {0, p.queries};
+    if (shared_out) {  // whole blocks
+      const Span blocks = share((p.queries + BLOCK - 1) / BLOCK, id, count);
+      tokens = {blocks.from * BLOCK, blocks.to * BLOCK < p.queries ? blocks.to * BLOCK : p.queries};
+    }
+  }
 
-  void meet(int part) {
-    barrier();
+  // Groups of rows whose products are this thread's.
+  Span groups(int64_t all) const { return shared_out ? Span{0, (int)all} : share(all, id, count); }
+
+  // f(t) for the tokens whose norms and places are this thread's.
+  template <class F>
+  void each(const F &f) const {
+    if (shared_out)
+      for (int t = tokens.from; t < tokens.to; t++) f(t);
+    else
+      for (int t = id; t < p.queries; t += count) f(t);
+  }
+
+  // The end of a part, after which `others` wrote what this thread will read.
+  void meet(int part, bool others = true) {
+    if (others) barrier();
     if (id == 0 && p.part_seconds) {
       const double here = now();
       p.part_seconds[part] += here - since;
@@ -72,8 +94,9 @@ inline void join_and_norm(const Thread &T, int t, const float *post, const float
 inline void tap(const Thread &T, int layer) {
   for (int i = 0; i < T.p.taps; i++)
     if (T.p.tap_layers[i] == layer)
-      for (int t = T.id; t < T.p.queries; t += T.count)
+      T.each([&](int t) {
         memcpy(T.p.tap_out[i] + (int64_t)t * T.m.hidden, T.w.x + (int64_t)t * T.m.hidden, (size_t)T.m.hidden * 4);
+      });
 }
 
 // A store of 16 sums into columns of y, with a bias, cut at the matrix's rows.
@@ -88,14 +111,14 @@ inline void project(const Thread &T, const HastenLayer &l) {
   const int wide = (T.m.heads + 2 * T.m.kv_heads) * T.m.head_dim;
   int64_t all = 0;
   for (const HastenMatrix *m : parts) all += groups_of(m->rows);
-  const Span mine = share(all, T.id, T.count);
+  const Span mine = T.groups(all);
   int first = 0, column = 0;
   for (const HastenMatrix *m : parts) {
     const int groups = (int)groups_of(m->rows);
     const int from = mine.from > first ? mine.from - first : 0, to = mine.to - first < groups ? mine.to - first : groups;
     const float *bias = l.qkv_bias ? l.qkv_bias + column : nullptr;
     if (from < to)
-      multiply(*m, T.normed, T.p.queries, from, to, [&](int g, int t, vf v) {
+      multiply(*m, T.normed, T.tokens, from, to, [&](int g, int t, vf v) {
         put_rows(T.w.qkv + (int64_t)t * wide + column, g * LANES, v, m->rows, bias);
       });
     first += groups;
@@ -117,8 +140,7 @@ inline uint8_t *head_slab(const Thread &T, int t, int l, int which, int head) {
 // Norm, rotation and scale of every head of the queries' q and k; k and v go to their slots.
 inline void place(const Thread &T, const HastenLayer &l, int layer) {
   const int dim = T.m.head_dim, heads = T.m.heads, kv = T.m.kv_heads, wide = (heads + 2 * kv) * dim;
-  for (int j = T.id; j < T.p.queries * (heads + kv); j += T.count) {
-    const int t = j / (heads + kv), h = j % (heads + kv);
+  const auto one = [&](int t, int h) {
     float *x = T.w.qkv + (int64_t)t * wide + h * dim;
     const float *norm = h < heads ? l.q_norm : l.k_norm;
     if (norm) rms_norm(x, norm, T.m.norm_eps, dim, x);
@@ -134,6 +156,12 @@ inline void place(const Thread &T, const HastenLayer &l, int layer) {
       store_entry(head_slab(T, t, layer, 0, h - heads) + at, T.m.kv_type, x, dim);
       store_entry(head_slab(T, t, layer, 1, h - heads) + at, T.m.kv_type, x + kv * dim, dim);
     }
+  };
+  if (T.shared_out) {
+    for (int t = T.tokens.from; t < T.tokens.to; t++)
+      for (int h = 0; h < heads + kv; h++) one(t, h);
+  } else {
+    for (int j = T.id; j < T.p.queries * (heads + kv); j += T.count) one(j / (heads + kv), j % (heads + kv));
   }
 }
 
@@ -162,9 +190,9 @@ inline void attention(const Thread &T, int layer) {
 
 // y = W a, added to the residual stream, or kept apart where a norm comes first.
 inline void add_output(const Thread &T, const HastenMatrix &m, const Acts &a, const float *bias, bool apart) {
-  const Span mine = share(groups_of(m.rows), T.id, T.count);
+  const Span mine = T.groups(groups_of(m.rows));
   const int n = T.m.hidden;
-  multiply(m, a, T.p.queries, mine.from, mine.to, [&](int g, int t, vf v) {
+  multiply(m, a, T.tokens, mine.from, mine.to, [&](int g, int t, vf v) {
     float *to = (apart ? T.w.y : T.w.x) + (int64_t)t * n;
     if (!apart) v = add(v, load_n(to + g * LANES, n - g * LANES < LANES ? n - g * LANES : LANES));
     put_rows(to, g * LANES, v, n, bias);
@@ -174,30 +202,26 @@ inline void add_output(const Thread &T, const HastenMatrix &m, const Acts &a, co
 // The gated part: act(gate) * up, in pairs of groups so that a thread finishes whole tiles.
 inline void gate_and_up(const Thread &T, const HastenLayer &l) {
   const int ffn = T.m.ffn, groups = (int)groups_of(ffn), pairs = (groups + 1) / 2;
-  const Span mine = share(pairs, T.id, T.count);
+  const Span mine = T.groups(pairs);
   const float *gate_bias = l.gate_up_bias, *up_bias = gate_bias ? gate_bias + ffn : nullptr;
-  for (int at = 0; at < T.p.queries; at += TOKENS) {
-    const int end = at + TOKENS < T.p.queries ? at + TOKENS : T.p.queries;
+  vf gate[TOKENS], up[TOKENS];
+  for (int at = T.tokens.from; at < T.tokens.to; at += TOKENS) {
+    const int n = T.tokens.to - at < TOKENS ? T.tokens.to - at : TOKENS;
     for (int pair = mine.from; pair < mine.to; pair++) {
-      for (int t = at; t < end;) {
-        const int n = end - t < AT_ONCE ? end - t : AT_ONCE;
-        for (int g = 2 * pair; g < 2 * pair + 2 && g < groups; g++) {
-          vf gate[AT_ONCE], up[AT_ONCE];
-          group_sums(l.gate, g, T.normed, t, n, gate);
-          group_sums(l.up, g, T.normed, t, n, up);
-          const int wide = ffn - g * LANES < LANES ? ffn - g * LANES : LANES;
-          for (int i = 0; i < n; i++) {
-            if (gate_bias) {
-              gate[i] = add(gate[i], load_n(gate_bias + g * LANES, wide));
-              up[i] = add(up[i], load_n(up_bias + g * LANES, wide));
-            }
-            const vf act = T.m.gelu ? gelu(gate[i]) : silu(gate[i]);
-            store_n(T.inner.f + (int64_t)(t + i) * T.inner.cols + g * LANES, mul(act, up[i]), wide);
+      for (int g = 2 * pair; g < 2 * pair + 2 && g < groups; g++) {
+        group_sums(l.gate, g, T.normed, at, n, gate);
+        group_sums(l.up, g, T.normed, at, n, up);
+        const int wide = ffn - g * LANES < LANES ? ffn - g * LANES : LANES;
+        for (int i = 0; i < n; i++) {
+          if (gate_bias) {
+            gate[i] = add(gate[i], load_n(gate_bias + g * LANES, wide));
+            up[i] = add(up[i], load_n(up_bias + g * LANES, wide));
           }
+          const vf act = T.m.gelu ? gelu(gate[i]) : silu(gate[i]);
+          store_n(T.inner.f + (int64_t)(at + i) * T.inner.cols + g * LANES, mul(act, up[i]), wide);
         }
-        for (int i = 0; i < n; i++) finish_tile(T.inner, t + i, pair);
-        t += n;
       }
+      for (int i = 0; i < n; i++) finish_tile(T.inner, at + i, pair);
     }
   }
 }
@@ -205,14 +229,14 @@ inline void gate_and_up(const Thread &T, const HastenLayer &l) {
 inline void output(Thread &T, const float *post) {
   const int n = T.m.hidden;
   if (T.p.final_hidden) {  // the norm of every query is wanted as it is
-    for (int t = T.id; t < T.p.queries; t += T.count) {
+    T.each([&](int t) {
       join_and_norm(T, t, post, T.m.norm);
       memcpy(T.p.final_hidden + (int64_t)t * n, T.normed.f + (int64_t)t * T.normed.cols, (size_t)n * 4);
-    }
+    });
     T.meet(HASTEN_PART_NORM);
     post = nullptr;
   } else if (post) {
-    for (int t = T.id; t < T.p.queries; t += T.count) join_and_norm(T, t, post, T.m.norm);
+    T.each([&](int t) { join_and_norm(T, t, post, T.m.norm); });
     T.meet(HASTEN_PART_NORM);
   }
   tap(T, T.m.layers);
@@ -225,7 +249,7 @@ inline void output(Thread &T, const float *post) {
   const int64_t vocab = T.m.vocab, slices = (vocab + SLICE - 1) / SLICE;
   const Span mine = share(groups_of(vocab), T.id, T.count);
   const float cap = T.m.logit_softcap;
-  multiply(T.m.head, T.normed, T.p.wanted_total, mine.from, mine.to, [&](int g, int t, vf v) {
+  multiply(T.m.head, T.normed, {0, T.p.wanted_total}, mine.from, mine.to, [&](int g, int t, vf v) {
     if (cap > 0) v = mul(set(cap), tanh(div(v, set(cap))));
     put_rows(T.p.logits + t * vocab, g * LANES, v, (int)vocab, nullptr);
   });
@@ -241,29 +265,32 @@ inline void output(Thread &T, const float *post) {
 }
 
 inline void run_pass(const Stack &stack, const HastenPass &pass, int thread, int threads) {
+  const Tiles tiles;
+  (void)tiles;
   Thread T(stack, pass, thread, threads);
   T.since = now();
   const float *post = nullptr;  // the norm that the last part's output still has to pass
-  for (int t = thread; t < pass.queries; t += threads) embed(T, t);
+  const bool mixed_up = !T.shared_out;  // another thread may write what this one reads next
+  T.each([&](int t) { embed(T, t); });
   for (int i = 0; i < T.m.layers; i++) {
     const HastenLayer &l = stack.layers[i];
-    for (int t = thread; t < pass.queries; t += threads) join_and_norm(T, t, post, l.attn_norm);
-    T.meet(HASTEN_PART_NORM);
+    T.each([&](int t) { join_and_norm(T, t, post, l.attn_norm); });
+    T.meet(HASTEN_PART_NORM, mixed_up);
     tap(T, i);
     project(T, l);
-    T.meet(HASTEN_PART_QKV);
+    T.meet(HASTEN_PART_QKV, mixed_up);
     place(T, l, i);
     barrier();
     attention(T, i);
     T.meet(HASTEN_PART_ATTENTION);
     add_output(T, l.out, T.mixed, l.out_bias, l.post_attn_norm != nullptr);
-    T.meet(HASTEN_PART_OUT);
-    for (int t = thread; t < pass.queries; t += threads) join_and_norm(T, t, l.post_attn_norm, l.ffn_norm);
-    T.meet(HASTEN_PART_NORM);
+    T.meet(HASTEN_PART_OUT, mixed_up);
+    T.each([&](int t) { join_and_norm(T, t, l.post_attn_norm, l.ffn_norm); });
+    T.meet(HASTEN_PART_NORM, mixed_up);
     gate_and_up(T, l);
-    T.meet(HASTEN_PART_FFN);
+    T.meet(HASTEN_PART_FFN, mixed_up);
     add_output(T, l.down, T.inner, l.down_bias, l.post_ffn_norm != nullptr);
-    T.meet(HASTEN_PART_DOWN);
+    T.meet(HASTEN_PART_DOWN, mixed_up || i == T.m.layers - 1);
     post = l.post_ffn_norm;
   }
   output(T, post);
@@ -271,13 +298,15 @@ inline void run_pass(const Stack &stack, const HastenPass &pass, int thread, int
 
 inline void run_linear(const HastenMatrix &m, const float *x, int tokens, bool int8, float *y, const Workspace &space,
                        int thread, int threads) {
-  const Acts a = acts(space.normed, int8);
+  const Tiles tiles;
+  (void)tiles;
+  const Acts a = acts(space.normed, tokens, int8);
   for (int t = thread; t < tokens; t += threads) {
     memcpy(a.f + (int64_t)t * a.cols, x + (int64_t)t * m.cols, (size_t)m.cols * 4);
     finish(a, t);
   }
   barrier();
   const Span mine = share(groups_of(m.rows), thread, threads);
-  multiply(m, a, tokens, mine.from, mine.to,
+  multiply(m, a, {0, tokens}, mine.from, mine.to,
            [&](int g, int t, vf v) { put_rows(y + (int64_t)t * m.rows, g * LANES, v, m.rows, nullptr); });
 }

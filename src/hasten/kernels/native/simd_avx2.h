@@ -45,6 +45,11 @@ inline float largest(vf x) {
   q = _mm_max_ps(q, _mm_movehl_ps(q, q));
   return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
 }
+// The largest size of 32 numbers; infinite or NaN where one of them is.
+inline float largest_size(vf lo, vf hi) {
+  const float all = sum(add(sub(lo, lo), sub(hi, hi)));
+  return all == 0.0f ? largest(max(abs(lo), abs(hi))) : all;
+}
 inline __m256 quarters(__m256 a, __m256 b, __m256 c, __m256 d) {
   const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
   const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
@@ -90,7 +95,13 @@ inline void to_i8(int8_t *p, vf v) {
 
 constexpr int DIGITS = 1;  // EXACT activations stay float32: products of bytes are no faster here
 template <int D>
-inline void put_digits(int8_t *p, vf whole) { to_i8(p, whole); }
+inline void put_digits(int8_t *p, int32_t *halves, vf lo, vf hi) {
+  to_i8(p, lo), to_i8(p + 16, hi);
+  for (int half = 0; half < 2; half++) {
+    halves[half] = 0;
+    for (int k = 0; k < 16; k++) halves[half] += p[16 * half + k];
+  }
+}
 
 inline vi zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 inline vi set_i(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }

@@ -21,6 +21,14 @@ inline vf max(vf a, vf b) { return _mm512_max_ps(a, b); }
 inline vf abs(vf a) { return _mm512_abs_ps(a); }
 inline float sum(vf a) { return _mm512_reduce_add_ps(a); }
 inline float largest(vf a) { return _mm512_reduce_max_ps(a); }
+// The largest size of 32 numbers; infinite or NaN where one of them is: as whole numbers, those are the largest.
+inline float largest_size(vf lo, vf hi) {
+  const __m512i m = _mm512_max_epi32(_mm512_castps_si512(abs(lo)), _mm512_castps_si512(abs(hi)));
+  const int32_t bits = _mm512_reduce_max_epi32(m);
+  float size;
+  memcpy(&size, &bits, 4);
+  return size;
+}
 // The sums of four vectors, each added up in the same order: within quarters (0 + 2) + (1 + 3), then the quarters alike.
 inline void sum4(const vf *s, float *out) {
   const vf ab = add(_mm512_unpacklo_ps(s[0], s[1]), _mm512_unpackhi_ps(s[0], s[1]));
@@ -40,13 +48,21 @@ inline vf from_i8(const void *p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi3
 inline vf from_u8(const void *p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p))); }
 
 constexpr int DIGITS = 3;  // of an EXACT activation in bytes
-// Digits of whole numbers of up to 23 bits, 32 bytes from one digit to the next, lowest first, each -128..127.
+// Digits of whole numbers of up to 23 bits, 32 bytes from one digit to the next, lowest first, each -128..127, and the sums
+// of every 16 of them.
 template <int D>
-inline void put_digits(int8_t *p, vf whole) {
-  vi v = _mm512_cvtps_epi32(whole);
+inline void put_digits(int8_t *p, int32_t *halves, vf lo, vf hi) {
+  vi a = _mm512_cvtps_epi32(lo), b = _mm512_cvtps_epi32(hi);
   for (int d = 0; d < D; d++) {
-    _mm_storeu_si128((__m128i *)(p + 32 * d), _mm512_cvtepi32_epi8(v));
-    v = _mm512_srai_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(128)), 8);
+    const __m256i bytes = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm512_cvtepi32_epi8(a)), _mm512_cvtepi32_epi8(b), 1);
+    _mm256_storeu_si256((__m256i *)(p + 32 * d), bytes);
+    __m256i s = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), bytes);
+    s = _mm256_add_epi32(s, _mm256_shuffle_epi32(s, 0xb1));
+    s = _mm256_add_epi32(s, _mm256_shuffle_epi32(s, 0x4e));
+    halves[2 * d] = _mm256_cvtsi256_si32(s);
+    halves[2 * d + 1] = _mm_cvtsi128_si32(_mm256_extracti128_si256(s, 1));
+    a = _mm512_srai_epi32(_mm512_add_epi32(a, _mm512_set1_epi32(128)), 8);
+    b = _mm512_srai_epi32(_mm512_add_epi32(b, _mm512_set1_epi32(128)), 8);
   }
 }
 

@@ -51,6 +51,11 @@ inline float largest(const vf &x) {
   for (int i = 1; i < 16; i++) m = x.v[i] > m ? x.v[i] : m;
   return m;
 }
+// The largest size of 32 numbers; infinite or NaN where one of them is.
+inline float largest_size(vf lo, vf hi) {
+  const float all = sum(add(sub(lo, lo), sub(hi, hi)));
+  return all == 0.0f ? largest(max(abs(lo), abs(hi))) : all;
+}
 // The sums of four vectors, each added up in the same order: within quarters (0 + 2) + (1 + 3), then the quarters alike.
 inline void sum4(const vf *s, float *out) {
   for (int j = 0; j < 4; j++) {
@@ -115,7 +120,13 @@ inline vi set_i(int32_t x) {
 
 constexpr int DIGITS = 1;  // EXACT activations stay float32: products of bytes are no faster here
 template <int D>
-inline void put_digits(int8_t *p, vf whole) { to_i8(p, whole); }
+inline void put_digits(int8_t *p, int32_t *halves, vf lo, vf hi) {
+  to_i8(p, lo), to_i8(p + 16, hi);
+  for (int half = 0; half < 2; half++) {
+    halves[half] = 0;
+    for (int k = 0; k < 16; k++) halves[half] += p[16 * half + k];
+  }
+}
 
 inline vi zero() { return set_i(0); }
 inline vi load_bytes(const void *p) {

@@ -39,7 +39,8 @@ struct Kernels {
   double (*read)(const void *data, int64_t bytes, int thread, int threads);
 };
 
-const Kernels *kernels_avx512();  // not in every build
+const Kernels *kernels_amx();  // not in every build
+const Kernels *kernels_avx512();
 const Kernels *kernels_avx2();
 const Kernels *kernels_portable();
 
