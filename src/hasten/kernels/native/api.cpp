@@ -147,7 +147,7 @@ int reserve(Stack &s, int64_t tokens, int64_t keys) {
     const int64_t more = room + room / 4 / LANES * LANES, want = more > w.room ? more : w.room;
     int64_t bytes = 0;
     w.room = 0;
-    if (grow(w.scores, threads * 4 * want, bytes)) return -1;
+    if (grow(w.scores, threads * score_numbers(want), bytes)) return -1;
     w.room = want;
     w.threads = threads;
   }

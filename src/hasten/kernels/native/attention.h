@@ -1,4 +1,5 @@
-// Attention of the query heads that share one key/value head, for one query over its cached keys.
+// Attention of the query heads that share one key/value head, over cached keys, for a few queries at a time: those of one row
+// see much the same keys, and a part of them that fits the first cache is read once for all.
 //
 // A query's visible slots are gone through as one list (a range, then single slots), so that a key's place in every sum
 // depends on how many visible keys come before it and not on where it is stored: a branch of a draft tree gives bit for
@@ -71,15 +72,14 @@ inline void entry_ahead(const Keys &keys, const Visible &seen, int j) {
   for (int64_t i = 0; i < keys.stride; i += 64) prefetch(at + i);
 }
 
-constexpr int HEADS_AT_ONCE = 4;
-
 constexpr int KEYS = 4;  // keys whose scores are added up together
 
-// Scores of G query heads q [G, dim] against every visible key, into scores [G, room].
+// Scores of G query heads q [G, dim] against visible keys first..last - 1, into scores [G, room]; `first` is a multiple of KEYS.
 template <int G, int TYPE>
-inline void score_keys(const float *q, int dim, const Keys &keys, const Visible &seen, float *scores, int64_t room) {
-  for (int j = 0; j < seen.count; j += KEYS) {
-    const int n = seen.count - j < KEYS ? seen.count - j : KEYS;
+inline void score_keys(const float *q, int dim, const Keys &keys, const Visible &seen, int first, int last, float *scores,
+                       int64_t room) {
+  for (int j = first; j < last; j += KEYS) {
+    const int n = last - j < KEYS ? last - j : KEYS;
     const uint8_t *k[KEYS];
     for (int i = 0; i < KEYS; i++) k[i] = keys.at + seen.slot(i < n ? j + i : j) * keys.stride;
     for (int i = 0; i < KEYS; i++) entry_ahead(keys, seen, j + KEYS_AHEAD + i);
@@ -136,14 +136,16 @@ inline void soften(float *scores, int n, float cap) {
   for (int j = 0; j < end; j += LANES) store(scores + j, mul(load(scores + j), share));
 }
 
-// Numbers from .. from + 16 WIDE - 1 of every head's mix (fewer, `n`, when WIDE is 1); sums stay in registers.
+// Numbers from .. from + 16 WIDE - 1 of every head's mix (fewer, `n`, when WIDE is 1) over values first..last - 1, added to
+// what those before gave; sums stay in registers.
 template <int G, int TYPE, int WIDE>
-inline void mix_strip(const float *weights, int64_t room, int dim, const Keys &values, const Visible &seen, int from, int n,
-                      float *out) {
+inline void mix_strip(const float *weights, int64_t room, int dim, const Keys &values, const Visible &seen, int first, int last,
+                      int from, int n, float *out) {
   vf sums[G][WIDE];
   for (int g = 0; g < G; g++)
-    for (int i = 0; i < WIDE; i++) sums[g][i] = set(0.0f);
-  for (int j = 0; j < seen.count; j++) {
+    for (int i = 0; i < WIDE; i++)
+      sums[g][i] = first ? load_n(out + g * dim + from + i * LANES, WIDE > 1 ? LANES : n) : set(0.0f);
+  for (int j = first; j < last; j++) {
     const uint8_t *v = values.at + seen.slot(j) * values.stride;
     if (from == 0) entry_ahead(values, seen, j + KEYS_AHEAD);
     const float scale = entry_scale(v, TYPE, dim);
@@ -158,47 +160,65 @@ inline void mix_strip(const float *weights, int64_t room, int dim, const Keys &v
     for (int i = 0; i < WIDE; i++) store_n(out + g * dim + from + i * LANES, sums[g][i], WIDE > 1 ? LANES : n);
 }
 
-// out [G, dim] = weights times values.
+// out [G, dim] = weights times values first..last - 1, added to what those before gave.
 template <int G, int TYPE>
-inline void mix_values(const float *weights, int64_t room, int dim, const Keys &values, const Visible &seen, float *out) {
+inline void mix_values(const float *weights, int64_t room, int dim, const Keys &values, const Visible &seen, int first, int last,
+                       float *out) {
   int from = 0;
   for (; from + 4 * LANES <= dim; from += 4 * LANES)
-    mix_strip<G, TYPE, 4>(weights, room, dim, values, seen, from, LANES, out);
+    mix_strip<G, TYPE, 4>(weights, room, dim, values, seen, first, last, from, LANES, out);
   for (; from < dim; from += LANES)
-    mix_strip<G, TYPE, 1>(weights, room, dim, values, seen, from, dim - from < LANES ? dim - from : LANES, out);
+    mix_strip<G, TYPE, 1>(weights, room, dim, values, seen, first, last, from, dim - from < LANES ? dim - from : LANES, out);
 }
 
+struct Query {
+  const float *q;  // [heads, dim], scaled
+  float *out;      // [heads, dim]
+  Keys keys, values;
+  Visible seen;
+};
+
+// Bytes of keys or values that several queries read together.
+constexpr int64_t CHUNK = 16384;
+
 template <int G, int TYPE>
-inline void attend_typed(const float *q, int dim, float cap, const Keys &keys, const Keys &values, const Visible &seen,
-                         float *scores, int64_t room, float *out) {
-  score_keys<G, TYPE>(q, dim, keys, seen, scores, room);
-  for (int g = 0; g < G; g++) soften(scores + g * room, seen.count, cap);
-  mix_values<G, TYPE>(scores, room, dim, values, seen, out);
+inline void attend_typed(const Query *of, int n, int at, int dim, float cap, float *scores, int64_t room) {
+  int most = 0;
+  for (int i = 0; i < n; i++) most = of[i].seen.count > most ? of[i].seen.count : most;
+  const int64_t fit = CHUNK / of[0].keys.stride / KEYS * KEYS;
+  const int step = n == 1 ? (most + KEYS) / KEYS * KEYS : fit > KEYS ? (int)fit : KEYS;
+  const auto chunks = [&](const auto &f) {  // f(query, first key, last + 1, the query's scores)
+    for (int first = 0; first < most; first += step)
+      for (int i = 0; i < n; i++) {
+        const int count = of[i].seen.count, last = count < first + step ? count : first + step;
+        if (first < last) f(of[i], first, last, scores + i * G * room);
+      }
+  };
+  chunks([&](const Query &q, int first, int last, float *own) {
+    score_keys<G, TYPE>(q.q + at, dim, q.keys, q.seen, first, last, own, room);
+  });
+  for (int i = 0; i < n; i++)
+    for (int g = 0; g < G; g++) soften(scores + (i * G + g) * room, of[i].seen.count, cap);
+  chunks([&](const Query &q, int first, int last, float *own) {
+    mix_values<G, TYPE>(own, room, dim, q.values, q.seen, first, last, q.out + at);
+  });
 }
 
 template <int G>
-inline void attend_heads(const float *q, int dim, float cap, const Keys &keys, const Keys &values, const Visible &seen,
-                         float *scores, int64_t room, float *out) {
-  if (keys.type == HASTEN_KV_F32) attend_typed<G, HASTEN_KV_F32>(q, dim, cap, keys, values, seen, scores, room, out);
-  else if (keys.type == HASTEN_KV_BF16) attend_typed<G, HASTEN_KV_BF16>(q, dim, cap, keys, values, seen, scores, room, out);
-  else attend_typed<G, HASTEN_KV_INT8>(q, dim, cap, keys, values, seen, scores, room, out);
+inline void attend_heads(const Query *of, int n, int at, int dim, float cap, float *scores, int64_t room) {
+  const int type = of[0].keys.type;
+  if (type == HASTEN_KV_F32) attend_typed<G, HASTEN_KV_F32>(of, n, at, dim, cap, scores, room);
+  else if (type == HASTEN_KV_BF16) attend_typed<G, HASTEN_KV_BF16>(of, n, at, dim, cap, scores, room);
+  else attend_typed<G, HASTEN_KV_INT8>(of, n, at, dim, cap, scores, room);
 }
 
-// q [heads, dim], scaled, -> out [heads, dim]; scores has room for HEADS_AT_ONCE rows of `room` numbers (whole vectors).
-// A query that sees nothing gets zeros.
-inline void attend(const float *q, int heads, int dim, float cap, const Keys &keys, const Keys &values, const Visible &seen,
-                   float *scores, int64_t room, float *out) {
-  if (!seen.count) {
-    memset(out, 0, (size_t)(heads * dim) * 4);
-    return;
-  }
+// For `n` queries, all of which see something; scores has room for HEADS_AT_ONCE rows of `room` numbers (whole vectors) each.
+inline void attend(const Query *of, int n, int heads, int dim, float cap, float *scores, int64_t room) {
   for (int h = 0; h < heads;) {
-    const float *from = q + h * dim;
-    float *to = out + h * dim;
     const int left = heads - h;
-    if (left >= 4) attend_heads<4>(from, dim, cap, keys, values, seen, scores, room, to), h += 4;
-    else if (left == 3) attend_heads<3>(from, dim, cap, keys, values, seen, scores, room, to), h += 3;
-    else if (left == 2) attend_heads<2>(from, dim, cap, keys, values, seen, scores, room, to), h += 2;
-    else attend_heads<1>(from, dim, cap, keys, values, seen, scores, room, to), h += 1;
+    if (left >= 4) attend_heads<4>(of, n, h * dim, dim, cap, scores, room), h += 4;
+    else if (left == 3) attend_heads<3>(of, n, h * dim, dim, cap, scores, room), h += 3;
+    else if (left == 2) attend_heads<2>(of, n, h * dim, dim, cap, scores, room), h += 2;
+    else attend_heads<1>(of, n, h * dim, dim, cap, scores, room), h += 1;
   }
 }

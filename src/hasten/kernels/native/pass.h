@@ -168,20 +168,32 @@ inline void place(const Thread &T, const HastenLayer &l, int layer) {
 inline void attention(const Thread &T, int layer) {
   const int dim = T.m.head_dim, kv = T.m.kv_heads, group = T.m.heads / kv, wide = (T.m.heads + 2 * kv) * dim;
   const HastenSight *sight = T.p.sight + (int64_t)T.p.kind_of_layer[layer] * T.p.queries;
-  float *scores = T.w.scores + (int64_t)T.id * HEADS_AT_ONCE * T.w.room;
-  // a few queries: the heads of a group are shared out too, or a thread would idle
-  const int pieces = T.p.queries * kv >= 4 * T.count ? 1 : group;
-  for (int j = T.id; j < T.p.queries * kv * pieces; j += T.count) {
-    const int t = j / (kv * pieces), h = j / pieces % kv, piece = j % pieces, heads = group / pieces;
-    const HastenSight &s = sight[t];
-    const Visible seen = {s.lo, s.hi - s.lo, T.p.extras + s.extra_at, s.hi - s.lo + s.extra_count};
-    const Keys keys = {head_slab(T, t, layer, 0, h), entry_bytes(T.m), T.m.kv_type};
-    const Keys values = {head_slab(T, t, layer, 1, h), entry_bytes(T.m), T.m.kv_type};
-    const int first = (h * group + piece * heads) * dim;
-    attend(T.w.qkv + (int64_t)t * wide + first, heads, dim, T.m.attn_softcap, keys, values, seen, scores, T.w.room,
-           T.mixed.f + (int64_t)t * T.mixed.cols + first);
+  float *scores = T.w.scores + T.id * score_numbers(T.w.room);
+  // a few queries: each for itself, or the heads of a group are shared out too, or a thread would idle
+  int together = queries_at_once(T.w.room);
+  const auto blocks = [&] { return (T.p.queries + together - 1) / together; };
+  while (together > 1 && blocks() * kv < 4 * T.count) together /= 2;
+  const int pieces = blocks() * kv >= 4 * T.count ? 1 : group, heads = group / pieces;
+  for (int j = T.id; j < blocks() * kv * pieces; j += T.count) {
+    const int at = j / (kv * pieces) * together, h = j / pieces % kv, first = (h * group + j % pieces * heads) * dim;
+    const int end = at + together < T.p.queries ? at + together : T.p.queries;
+    Query of[QUERIES_AT_ONCE];
+    int n = 0;
+    for (int t = at; t < end; t++) {
+      const HastenSight &s = sight[t];
+      float *out = T.mixed.f + (int64_t)t * T.mixed.cols + first;
+      if (s.hi - s.lo + s.extra_count == 0) {
+        memset(out, 0, (size_t)(heads * dim) * 4);
+        continue;
+      }
+      of[n++] = {T.w.qkv + (int64_t)t * wide + first, out, {head_slab(T, t, layer, 0, h), entry_bytes(T.m), T.m.kv_type},
+                 {head_slab(T, t, layer, 1, h), entry_bytes(T.m), T.m.kv_type},
+                 {s.lo, s.hi - s.lo, T.p.extras + s.extra_at, s.hi - s.lo + s.extra_count}};
+    }
+    if (n) attend(of, n, heads, dim, T.m.attn_softcap, scores, T.w.room);
     if (dim % TILE == 0)  // a head is whole tiles, which nobody else writes to
-      for (int b = first / TILE; b < (first + heads * dim) / TILE; b++) finish_tile(T.mixed, t, b);
+      for (int t = at; t < end; t++)
+        for (int b = first / TILE; b < (first + heads * dim) / TILE; b++) finish_tile(T.mixed, t, b);
   }
   if (dim % TILE == 0) return;
   barrier();

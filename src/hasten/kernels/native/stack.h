@@ -11,7 +11,7 @@ struct Workspace {
   float *x = nullptr;            // [T, hidden] residual stream
   float *y = nullptr;            // [T, hidden] output of a part that is normed before it is added
   float *qkv = nullptr;          // [T, (heads + 2 kv_heads) head_dim]
-  float *scores = nullptr;       // [threads, 4, room]
+  float *scores = nullptr;       // [threads, score_numbers(room)]
   float *part = nullptr;         // [T, slices of the vocabulary, 3] best logit, its id, sum of exponentials
   struct {
     float *f;
@@ -21,6 +21,16 @@ struct Workspace {
     int64_t cols;
   } normed = {}, mixed = {}, inner = {};  // activations of the linear layers: hidden, heads * head_dim, ffn
 };
+
+// Scores that a thread keeps: of some heads of one query, and of as many queries as fit a few hundred kB.
+constexpr int HEADS_AT_ONCE = 4, QUERIES_AT_ONCE = 8;
+
+inline int queries_at_once(int64_t room) {
+  int n = QUERIES_AT_ONCE;
+  while (n > 1 && n * HEADS_AT_ONCE * room > (1 << 16)) n /= 2;
+  return n;
+}
+inline int64_t score_numbers(int64_t room) { return queries_at_once(room) * HEADS_AT_ONCE * room; }
 
 struct Stack {
   HastenModel model;
