@@ -64,6 +64,28 @@ def test_products_are_right_and_independent_of_their_company(level, kind, rows, 
             assert np.array_equal(packed.multiply(x[some], mode), got[some])
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 24, 33, 64, 130, 300])
+@pytest.mark.parametrize("mode", library.ACTIVATIONS)
+@pytest.mark.skipif(not {"amx", "avx512"} <= set(LEVELS), reason="this processor has no AMX")
+def test_tiles_give_what_vectors_give(tokens, mode):
+    """At every number of tokens, those that fill no tile too; with the largest digits, and broken and empty neighbours."""
+    rng = np.random.default_rng(tokens)
+    x = rng.standard_normal((tokens, 768)).astype(np.float32)
+    x[tokens // 2] *= 1e30
+    x[:, 256:512] = 16777215 / 2**24 * rng.choice([-1.0, 1.0], (tokens, 256))  # every digit as large as it gets
+    x[-1] = np.abs(x[-1])
+    if tokens > 3:
+        x[3, 7], x[2] = np.nan, 0.0
+    for kind in sorted(SOURCES):
+        raw, _ = stored(kind, 50, 768, 3)
+        packed = weights.pack(SOURCES[kind][0], raw, 50, 768)
+        out = []
+        for level in ("amx", "avx512"):
+            library.set_level(level)
+            out.append(packed.multiply(x, mode))
+        assert np.array_equal(out[0], out[1], equal_nan=True), kind
+
+
 @pytest.mark.parametrize("mode", library.ACTIVATIONS)
 @pytest.mark.parametrize("kind", sorted(SOURCES))
 def test_threads_change_no_bit_and_instruction_sets_little(kind, mode):

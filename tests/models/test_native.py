@@ -294,6 +294,44 @@ def test_weights_rounded_when_loaded_are_smaller_and_near(weights, tmp_path):
         _ = rounded.model.oracle
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("activations", library.ACTIVATIONS)
+@pytest.mark.parametrize("weights", ["int8", "int4", "int4-min"])
+def test_many_tokens_at_once_are_those_tokens_one_by_one(weights, activations, name, tmp_path):
+    """Bit for bit, however a long pass is shared out among threads, and where AMX multiplies what vectors did."""
+    checkpoints.build(name).save_pretrained(tmp_path)
+    model = load(tmp_path, weights=weights, activations=activations).model
+    ids = checkpoints.ids(1, 300)[0]
+    needs = Needs(hidden=(1,), final_hidden=True)
+    pool = model.pool(32_000_000)
+
+    def read(sizes: list[int]) -> list[torch.Tensor]:
+        row, at, out = pool.open(320), 0, []
+        for n in sizes:
+            done = model.run([RowInput(ids[at : at + n], torch.arange(at, at + n), row, CAUSAL, "all")], needs)
+            out.append((done.logits.clone(), done.final_hidden.clone(), done.hidden[1].clone()))
+            row.advance(n)
+            at += n
+        row.release()
+        return [torch.cat(parts) for parts in zip(*out, strict=True)]
+
+    before = library.native().hasten_threads()
+    alone = read([1] * 300)
+    try:
+        for threads in (1, 2, 3):
+            library.set_threads(threads)
+            for sizes in ([300], [2, 3, 4, 5, 8, 9, 16, 17, 31, 32, 33, 140]):
+                for got, want in zip(read(sizes), alone, strict=True):
+                    assert torch.equal(got, want)
+        if library.level() == "amx":
+            library.set_level("avx512")
+            for got, want in zip(read([20, 280]), alone, strict=True):
+                assert torch.equal(got, want)
+    finally:
+        library.set_threads(before)
+        library.set_level("auto")
+
+
 def test_auto_drafts_with_prompt_lookup_alone_where_passes_are_short(monkeypatch):
     """Beside passes of a few milliseconds the bookkeeping of a counted table takes longer than it saves."""
     monkeypatch.setattr("hasten.models.feature.weights_path", lambda *_: Path("counted.safetensors"))

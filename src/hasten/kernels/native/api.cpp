@@ -89,7 +89,8 @@ int check_matrix(const char *name, const HastenMatrix &m, int64_t rows, int64_t 
   if (m.layout < 0 || m.layout >= LAYOUTS) return fail("%s: layout %d is unknown", name, m.layout);
   if (m.rows != rows || m.cols != cols)
     return fail("%s: %d x %d, not %lld x %lld", name, m.rows, m.cols, (long long)rows, (long long)cols);
-  if (m.cols % column_step(m.layout)) return fail("%s: %d columns, not a multiple of %d", name, m.cols, column_step(m.layout));
+  const int step = column_step(m.layout);
+  if (m.cols % step) return fail("%s: %d columns, not a multiple of %d", name, m.cols, step);
   const int64_t need = groups_of(rows) * group_bytes(m.layout, cols);
   if (m.bytes < need) return fail("%s: %lld bytes, %lld needed", name, (long long)m.bytes, (long long)need);
   return 0;
@@ -119,13 +120,14 @@ int grow_acts(A &a, int64_t tokens, int64_t cols, int64_t &bytes) {
   a.cols = (cols + TILE - 1) / TILE * TILE;
   tokens = tokens / 16 * 16 + 32;  // whole blocks, and one more: products of a whole block look behind the last token
   const int64_t tiles = tokens * (a.cols / TILE);
-  return grow(a.f, tokens * a.cols, bytes) || grow(a.q, 3 * tokens * a.cols, bytes) || grow(a.scale, tiles, bytes) ||
+  return grow(a.f, tokens * a.cols, bytes) || grow(a.q, 3 * tokens * a.cols, bytes) ||
+         grow(a.halves, 4 * tokens * a.cols, bytes) || grow(a.scale, tiles, bytes) ||
          grow(a.total, tiles, bytes) || grow(a.whole, 6 * tiles, bytes);  // up to three digits
 }
 
 template <class A>
 void drop_acts(A &a) {
-  free(a.f), free(a.q), free(a.scale), free(a.total), free(a.whole);
+  free(a.f), free(a.q), free(a.halves), free(a.scale), free(a.total), free(a.whole);
 }
 
 int reserve(Stack &s, int64_t tokens, int64_t keys) {
@@ -179,7 +181,8 @@ int check_model(const HastenModel &m) {
   if (m.heads % m.kv_heads) return fail("heads = %d is no multiple of kv_heads = %d", m.heads, m.kv_heads);
   if (!m.layer || !m.norm) return fail("the model lacks layers or the final norm");
   for (int i = 0; i < m.ropes; i++)
-    if (check_range("rotated", m.rotated[i], 0, m.head_dim) || m.rotated[i] % 2) return fail("rotated[%d] = %d", i, m.rotated[i]);
+    if (check_range("rotated", m.rotated[i], 0, m.head_dim) || m.rotated[i] % 2)
+      return fail("rotated[%d] = %d", i, m.rotated[i]);
   for (int i = 0; i < m.layers; i++)
     if (check_layer(m, m.layer[i])) return -1;
   return check_matrix("embed", m.embed, m.vocab, m.hidden) || check_matrix("head", m.head, m.vocab, m.hidden) ? -1 : 0;
@@ -204,7 +207,8 @@ int check_pass(const HastenModel &m, const HastenPass &p, int64_t *keys) {
   for (int64_t i = 0; i < (int64_t)p.kinds * p.queries; i++) {
     const HastenSight &s = p.sight[i];
     const int64_t capacity = p.capacity[p.row_of[i % p.queries]];
-    if (s.lo < 0 || s.hi < s.lo || s.hi > capacity) return fail("a query sees slots %d..%d of %lld", s.lo, s.hi, (long long)capacity);
+    if (s.lo < 0 || s.hi < s.lo || s.hi > capacity)
+      return fail("a query sees slots %d..%d of %lld", s.lo, s.hi, (long long)capacity);
     if (s.extra_at < 0 || s.extra_count < 0 || (int64_t)s.extra_at + s.extra_count > p.extra_total)
       return fail("a query's single slots %d..+%d exceed %d", s.extra_at, s.extra_count, p.extra_total);
     for (int j = 0; j < s.extra_count; j++)
@@ -214,7 +218,8 @@ int check_pass(const HastenModel &m, const HastenPass &p, int64_t *keys) {
   }
   for (int i = 0; i < p.wanted_total; i++)
     if (check_range("wanted", p.wanted[i], 0, p.queries - 1)) return -1;
-  if (p.wanted_total && (!p.logits || !p.best || !p.log_sum_exp || !p.best_logprob)) return fail("logits are wanted and have no place");
+  if (p.wanted_total && (!p.logits || !p.best || !p.log_sum_exp || !p.best_logprob))
+    return fail("logits are wanted and have no place");
   for (int i = 0; i < p.taps; i++)
     if (check_range("tap_layers", p.tap_layers[i], 0, m.layers) || !p.tap_out[i]) return fail("tap %d has no place", i);
   return 0;
@@ -265,12 +270,14 @@ int32_t hasten_pack(int32_t source, const void *from, int64_t bytes, int64_t row
   if (layout < 0) return fail("stored type %d is unknown", source);
   const int64_t need = hasten_packed_bytes(layout, rows, cols);
   if (need < 0) return -1;
-  if (cols % stored_columns(source)) return fail("%lld columns, not a multiple of %d", (long long)cols, stored_columns(source));
+  if (cols % stored_columns(source))
+    return fail("%lld columns, not a multiple of %d", (long long)cols, stored_columns(source));
   const int64_t stored = stored_row_bytes(source, cols);
   if (!from || !to || bytes < 0 || bytes % stored) return fail("%lld bytes are no whole rows", (long long)bytes);
   for (int64_t i = 0; order && i < rows; i++)
     if (check_range("order", order[i], 0, bytes / stored - 1)) return -1;
-  if (!order && bytes / stored < rows) return fail("%lld stored rows, %lld wanted", (long long)(bytes / stored), (long long)rows);
+  if (!order && bytes / stored < rows)
+    return fail("%lld stored rows, %lld wanted", (long long)(bytes / stored), (long long)rows);
   if (to_bytes < need) return fail("%lld bytes of room, %lld needed", (long long)to_bytes, (long long)need);
   struct Job {
     int32_t source;
@@ -282,8 +289,8 @@ int32_t hasten_pack(int32_t source, const void *from, int64_t bytes, int64_t row
   run_on_all(
       [](void *context, int thread, int threads) {
         const Job &j = *(const Job *)context;
-        const int64_t groups = groups_of(j.rows);
-        pack_groups(j.source, j.from, j.rows, j.cols, j.order, j.to, groups * thread / threads, groups * (thread + 1) / threads);
+        const int64_t groups = groups_of(j.rows), first = groups * thread / threads, last = groups * (thread + 1) / threads;
+        pack_groups(j.source, j.from, j.rows, j.cols, j.order, j.to, first, last);
       },
       &job);
   return 0;
@@ -324,7 +331,8 @@ int32_t hasten_linear(const HastenMatrix *m, const float *x, int32_t tokens, int
 }
 
 int32_t hasten_topk(const float *logits, int64_t rows, int64_t vocab, int32_t k, int32_t *ids, float *values) {
-  if (check_range("rows", rows, 0, 1 << 24) || check_range("vocab", vocab, 1, 1 << 24) || check_range("k", k, 1, vocab)) return -1;
+  if (check_range("rows", rows, 0, 1 << 24) || check_range("vocab", vocab, 1, 1 << 24) || check_range("k", k, 1, vocab))
+    return -1;
   struct Job {
     const float *logits;
     int64_t rows, vocab;

@@ -1,5 +1,5 @@
-// Attention of the query heads that share one key/value head, over cached keys, for a few queries at a time: those of one row
-// see much the same keys, and a part of them that fits the first cache is read once for all.
+// Attention of the query heads that share one key/value head, over cached keys, for a few queries at a time: those of one
+// row see much the same keys, and a part of them that fits the first cache is read once for all.
 //
 // A query's visible slots are gone through as one list (a range, then single slots), so that a key's place in every sum
 // depends on how many visible keys come before it and not on where it is stored: a branch of a draft tree gives bit for
@@ -74,7 +74,8 @@ inline void entry_ahead(const Keys &keys, const Visible &seen, int j) {
 
 constexpr int KEYS = 4;  // keys whose scores are added up together
 
-// Scores of G query heads q [G, dim] against visible keys first..last - 1, into scores [G, room]; `first` is a multiple of KEYS.
+// Scores of G query heads q [G, dim] against visible keys first..last - 1, into scores [G, room]; `first` is a multiple of
+// KEYS.
 template <int G, int TYPE>
 inline void score_keys(const float *q, int dim, const Keys &keys, const Visible &seen, int first, int last, float *scores,
                        int64_t room) {
@@ -139,8 +140,8 @@ inline void soften(float *scores, int n, float cap) {
 // Numbers from .. from + 16 WIDE - 1 of every head's mix (fewer, `n`, when WIDE is 1) over values first..last - 1, added to
 // what those before gave; sums stay in registers.
 template <int G, int TYPE, int WIDE>
-inline void mix_strip(const float *weights, int64_t room, int dim, const Keys &values, const Visible &seen, int first, int last,
-                      int from, int n, float *out) {
+inline void mix_strip(const float *weights, int64_t room, int dim, const Keys &values, const Visible &seen, int first,
+                      int last, int from, int n, float *out) {
   vf sums[G][WIDE];
   for (int g = 0; g < G; g++)
     for (int i = 0; i < WIDE; i++)
@@ -162,13 +163,15 @@ inline void mix_strip(const float *weights, int64_t room, int dim, const Keys &v
 
 // out [G, dim] = weights times values first..last - 1, added to what those before gave.
 template <int G, int TYPE>
-inline void mix_values(const float *weights, int64_t room, int dim, const Keys &values, const Visible &seen, int first, int last,
-                       float *out) {
+inline void mix_values(const float *weights, int64_t room, int dim, const Keys &values, const Visible &seen, int first,
+                       int last, float *out) {
   int from = 0;
   for (; from + 4 * LANES <= dim; from += 4 * LANES)
     mix_strip<G, TYPE, 4>(weights, room, dim, values, seen, first, last, from, LANES, out);
-  for (; from < dim; from += LANES)
-    mix_strip<G, TYPE, 1>(weights, room, dim, values, seen, first, last, from, dim - from < LANES ? dim - from : LANES, out);
+  for (; from < dim; from += LANES) {
+    const int n = dim - from < LANES ? dim - from : LANES;
+    mix_strip<G, TYPE, 1>(weights, room, dim, values, seen, first, last, from, n, out);
+  }
 }
 
 struct Query {
@@ -212,7 +215,8 @@ inline void attend_heads(const Query *of, int n, int at, int dim, float cap, flo
   else attend_typed<G, HASTEN_KV_INT8>(of, n, at, dim, cap, scores, room);
 }
 
-// For `n` queries, all of which see something; scores has room for HEADS_AT_ONCE rows of `room` numbers (whole vectors) each.
+// For `n` queries, all of which see something; scores has room for HEADS_AT_ONCE rows of `room` numbers (whole vectors)
+// each.
 inline void attend(const Query *of, int n, int heads, int dim, float cap, float *scores, int64_t room) {
   for (int h = 0; h < heads;) {
     const int left = heads - h;

@@ -3,20 +3,21 @@
 // Every token's sum runs over the columns in the same order whatever T is, with the same instructions, so that a row's
 // result never depends on its neighbours. A template takes TT tokens through one reading of the weights.
 //
-// Where the processor multiplies bytes fast (DIGITS > 1), EXACT activations are taken as whole numbers of 23 bits, one power
-// of two as scale per 32 columns, in three digits of 8 bits: their products with quants are exact, and what is rounded away
-// is no more than float32 sums lose. Elsewhere they stay float32.
+// Where the processor multiplies bytes fast (DIGITS > 1), EXACT activations are taken as whole numbers of 23 bits, one
+// power of two as scale per 32 columns, in three digits of 8 bits: their products with quants are exact, and what is
+// rounded away is no more than float32 sums lose. Elsewhere they stay float32.
 #pragma once
 #include "layout.h"
 
-// Activations of T tokens with `cols` columns: floats, and their form in bytes. Tokens go in blocks of 16; a block's tiles of
-// 32 columns follow one another, within a tile token after token its digits (INT8: one) of 32 bytes, lowest digit first.
+// Activations of T tokens with `cols` columns: floats, and their form in bytes. Tokens go in blocks of 16; a block's tiles
+// of 32 columns follow one another, within a tile token after token its digits (INT8: one) of 32 bytes, lowest digit first.
 // A token's tile has one scale and one sum, a digit the sums of its halves.
 constexpr int BLOCK = 16;
 
 struct Acts {
   float *f;        // [T, cols]
   int8_t *q;       // [T / 16, cols / 32, width, digits, 32]
+  int8_t *halves;  // [T / 16, cols / 32, width, 2, 64] of EXACT ones for AMX: see tiles_amx.h
   float *scale;    // [T / 16, cols / 32, width]
   float *total;    // [T / 16, cols / 32, width] sum of the values (in bytes: of the rounded ones)
   int32_t *whole;  // [T / 16, cols / 32, width, digits, 2] sums of 16 columns of q
@@ -38,6 +39,7 @@ inline float power_of_two(int e) {
   return x;
 }
 
+constexpr int BY_TILES = 3, BY_TILES_INT8 = 9;  // fewer tokens are faster by vectors than by AMX
 constexpr float MOST = 127 * 65536 + 127 * 256 + 127;  // of three digits
 
 // Columns 32 b .. 32 b + 31 of token t as D digits per number.
@@ -51,6 +53,7 @@ inline void finish_bytes(const Acts &a, int t, int b) {
   int32_t *whole = a.whole + at * D * 2;
   if (peak - peak != 0.0f) {  // a value is not finite: it must not be lost in rounding
     memset(q, 0, D * TILE);
+    if (D > 1) memset(a.halves + at * 4 * TILE, 0, 4 * TILE);
     memset(whole, 0, D * 2 * sizeof(int32_t));
     a.scale[at] = a.total[at] = peak - peak;
     return;
@@ -62,7 +65,11 @@ inline void finish_bytes(const Acts &a, int t, int b) {
     if (peak * up > MOST) up *= 0.5f;
     scale = up > 0 ? 1.0f / up : 0.0f;
   }
-  put_digits<D>(q, whole, round(mul(lo, set(up))), round(mul(hi, set(up))));
+  const vf wl = round(mul(lo, set(up))), wh = round(mul(hi, set(up)));
+  put_digits<D>(q, whole, wl, wh);
+#if defined(HASTEN_AMX)
+  if (D > 1 && a.width >= BY_TILES) put_halves(a.halves + at * 4 * TILE, wl, wh);
+#endif
   float sums = 0.0f;
   for (int d = D; d-- > 0;) sums = 256.0f * sums + (float)(whole[2 * d] + whole[2 * d + 1]);
   a.scale[at] = scale;
@@ -294,7 +301,7 @@ inline void sums_by_vectors(const HastenMatrix &m, int g, const Acts &a, int t0,
 // TOKENS: as many as keep their activations in the cache while all rows pass over them.
 #if defined(HASTEN_AMX)
 #include "tiles_amx.h"
-constexpr int TOKENS = 256, BY_TILES = 3, BY_TILES_INT8 = 6;  // fewer tokens are faster by vectors
+constexpr int TOKENS = 256;
 #else
 constexpr int TOKENS = 64;
 struct Tiles {};

@@ -9,7 +9,8 @@ inline Span share(int64_t count, int thread, int threads) {
 
 template <class Space>
 inline Acts acts(const Space &s, int tokens, bool int8) {
-  return {s.f, s.q, s.scale, s.total, s.whole, (int)s.cols, (int)(s.cols / TILE), tokens < BLOCK ? tokens : BLOCK, int8};
+  const int cols = (int)s.cols, width = tokens < BLOCK ? tokens : BLOCK;
+  return {s.f, s.q, s.halves, s.scale, s.total, s.whole, cols, cols / TILE, width, int8};
 }
 
 constexpr int EACH = 64;  // tokens for every thread from which on they are shared out

@@ -54,7 +54,8 @@ template <int D>
 inline void put_digits(int8_t *p, int32_t *halves, vf lo, vf hi) {
   vi a = _mm512_cvtps_epi32(lo), b = _mm512_cvtps_epi32(hi);
   for (int d = 0; d < D; d++) {
-    const __m256i bytes = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm512_cvtepi32_epi8(a)), _mm512_cvtepi32_epi8(b), 1);
+    const __m256i low = _mm256_castsi128_si256(_mm512_cvtepi32_epi8(a));
+    const __m256i bytes = _mm256_inserti128_si256(low, _mm512_cvtepi32_epi8(b), 1);
     _mm256_storeu_si256((__m256i *)(p + 32 * d), bytes);
     __m256i s = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), bytes);
     s = _mm256_add_epi32(s, _mm256_shuffle_epi32(s, 0xb1));
@@ -64,6 +65,21 @@ inline void put_digits(int8_t *p, int32_t *halves, vf lo, vf hi) {
     a = _mm512_srai_epi32(_mm512_add_epi32(a, _mm512_set1_epi32(128)), 8);
     b = _mm512_srai_epi32(_mm512_add_epi32(b, _mm512_set1_epi32(128)), 8);
   }
+}
+
+// Whole numbers as 4096 h1 + h0, and each h as 16 d1 + d0: the 32 digits d0 of h0, those d1, then the same of h1.
+inline void put_halves(int8_t *p, vf lo, vf hi) {
+  vi v[2] = {_mm512_cvtps_epi32(lo), _mm512_cvtps_epi32(hi)};
+  for (int half = 0; half < 2; half++, p += 64)
+    for (int i = 0; i < 2; i++) {
+      const vi up = half ? _mm512_setzero_si512() : _mm512_srai_epi32(_mm512_add_epi32(v[i], _mm512_set1_epi32(2048)), 12);
+      const vi h = _mm512_sub_epi32(v[i], _mm512_slli_epi32(up, 12));
+      const vi nearest = _mm512_srai_epi32(_mm512_add_epi32(h, _mm512_set1_epi32(8)), 4);
+      const vi high = _mm512_min_epi32(nearest, _mm512_set1_epi32(127));
+      _mm_storeu_si128((__m128i *)(p + 16 * i), _mm512_cvtepi32_epi8(_mm512_sub_epi32(h, _mm512_slli_epi32(high, 4))));
+      _mm_storeu_si128((__m128i *)(p + 32 + 16 * i), _mm512_cvtepi32_epi8(high));
+      v[i] = up;
+    }
 }
 
 inline vi zero() { return _mm512_setzero_si512(); }

@@ -15,7 +15,7 @@ struct Workspace {
   float *part = nullptr;         // [T, slices of the vocabulary, 3] best logit, its id, sum of exponentials
   struct {
     float *f;
-    int8_t *q;
+    int8_t *q, *halves;
     float *scale, *total;
     int32_t *whole;
     int64_t cols;

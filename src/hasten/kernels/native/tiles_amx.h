@@ -1,6 +1,12 @@
-// Products of many tokens by AMX: 16 rows of weights times 32 columns times as many rows of bytes as a tile holds, where a
-// row is one digit of one token. A packed chunk of 64 bytes is a row of the B operand as it stands. Sums are whole numbers,
-// the same as those of vectors, and are scaled by the same instructions, so that no bit depends on which of both ran.
+// Products of many tokens by AMX: 16 rows of weights times 32 columns times 16 rows of bytes, which are tokens' digits. A
+// packed chunk of 64 bytes is a row of the weights' operand as it stands.
+//
+//   bytes   INT8, and EXACT with 8-bit quants: one row per digit, 32 bytes long
+//   halves  EXACT with nibbles: the number of 23 bits is 4096 h1 + h0, a half is 16 d1 + d0, a row is d0's 32 bytes and
+//           d1's; the weights are given twice, the second time 16 times as large
+//
+// The sums are whole numbers, those of vectors, and are scaled by the same instructions; put together from halves they are
+// rounded once, as from three digits of 4-bit quants (the two upper ones fit a float). So no bit depends on what ran.
 #pragma once
 
 struct TileShapes {  // the operand of LDTILECFG
@@ -9,18 +15,20 @@ struct TileShapes {  // the operand of LDTILECFG
   uint8_t rows[16];
 };
 
-// Written as assembly, as the compiler's own intrinsics do not say which memory they touch.
+enum Tile { SUMS, SHORT, SHORT_WEIGHTS, LONG, LONG_WEIGHTS, TILES };  // tile registers: rows of 32 and of 64 bytes
 
-// This thread's tiles as the kernels want them: sums (0..3), bytes of tokens (4, 5), weights (6, 7). What the thread had
-// before, such as torch's kernels, is put back afterwards.
+// This thread's tiles as the kernels want them. What the thread had before, such as torch's kernels, is put back
+// afterwards. Written as assembly, as the compiler's own intrinsics do not say which memory they touch.
 struct Tiles {
   TileShapes before;
   Tiles() {
     TileShapes own;
     memset(&own, 0, sizeof own);
     own.palette = 1;
-    const int rows[] = {16, 16, 16, 16, 16, 16, 8, 8}, bytes[] = {64, 64, 64, 64, 32, 32, 64, 64};
-    for (int i = 0; i < 8; i++) own.rows[i] = (uint8_t)rows[i], own.bytes[i] = (uint16_t)bytes[i];
+    for (int i = 0; i < TILES; i++) {
+      own.rows[i] = i == SHORT_WEIGHTS ? 8 : 16;
+      own.bytes[i] = i == SHORT ? 32 : 64;
+    }
     asm volatile("sttilecfg %0" : "=m"(before));
     asm volatile("ldtilecfg %0" ::"m"(own));
   }
@@ -31,164 +39,234 @@ struct Tiles {
 };
 
 template <int REG>
-inline void tile_load(const void *p, int64_t stride) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(REG), "m"(*(const uint8_t(*)[1024])p));
-}
-template <int REG>
-inline void tile_store(int32_t *p) {
-  asm volatile("tilestored %%tmm%c2, (%1,%3,1)" : "=m"(*(int32_t(*)[256])p) : "r"(p), "i"(REG), "r"((int64_t)64));
-}
-template <int SUMS, int X, int W>
-inline void tile_multiply() {
-  asm volatile("tilezero %%tmm%c0\n\ttdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(X), "i"(W));
+inline void tile_load(const int8_t *p, int64_t stride) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(REG), "m"(*(const int8_t(*)[1024])p));
 }
 
-constexpr int STRIP = 32;  // tiles of weights that are unpacked at a time: they stay in the first cache
+// sums [16, 16] = the rows in tile X times the weights in tile W, which are unsigned or signed.
+template <int X, int W, bool SIGNED>
+inline void tile_multiply(int32_t *sums) {
+  if (SIGNED) asm volatile("tilezero %%tmm0\n\ttdpbssd %%tmm%c1, %%tmm%c0, %%tmm0" ::"i"(X), "i"(W));
+  else asm volatile("tilezero %%tmm0\n\ttdpbsud %%tmm%c1, %%tmm%c0, %%tmm0" ::"i"(X), "i"(W));
+  asm volatile("tilestored %%tmm0, (%1,%2,1)" : "=m"(*(int32_t(*)[256])sums) : "r"(sums), "r"((int64_t)64));
+}
 
-// Part of a group's columns, ready to be multiplied: signed bytes, one scale and minimum per row. A layout with two scales a
-// tile takes two places, the other half of each zero.
+// A group of 16 rows as its places: tiles of weights with one scale and minimum per row. A layout with two scales a tile
+// has two places for it, the other half of each zero.
+template <int L>
+struct Places {
+  static constexpr int PER = L == L_Q6K ? 2 : 1;
+  static constexpr bool NIBBLES = L == L_Q4 || L == L_Q4Z || L == L_Q4K, LOW = L == L_Q4 || L == L_Q4K;
+  static constexpr int BYTES = L == L_Q4 ? 320 : L == L_Q4Z || L == L_Q4K ? 288 : 544, QUANTS = NIBBLES ? 256 : 512;
+  const uint8_t *group;
+
+  const uint8_t *super(int b) const { return group + (int64_t)(b / 8) * group_bytes(L, 256); }
+  const uint8_t *tile(int b) const {
+    if (L == L_Q4K) return super(b) + 64 + b % 8 * BYTES;
+    if (L == L_Q6K) return super(b) + 32 + b % 8 * BYTES;
+    return group + (int64_t)b * BYTES;
+  }
+  vf scale(int i) const {
+    const int b = i / PER;
+    const uint8_t *p = tile(b) + QUANTS;
+    if (L == L_Q4K) return mul(from_half16(super(b)), from_u8(p));
+    if (L == L_Q6K) return mul(from_half16(super(b)), from_i8(p + 16 * (i & 1)));
+    return from_half16(p);
+  }
+  vf low(int i) const {
+    if (L == L_Q4K) return mul(sub(set(0.0f), from_half16(super(i) + 32)), from_u8(tile(i) + QUANTS + 16));
+    return from_half16(tile(i) + QUANTS + 32);
+  }
+  // Place i's weights as signed bytes; `twice`: as unsigned ones if they have a minimum, then 16 times as large.
+  template <bool TWICE>
+  void spread(int i, int8_t *to) const {
+    const uint8_t *p = tile(i / PER);
+    if (L == L_Q6K) {
+      memset(to, 0, 512);
+      memcpy(to + 256 * (i & 1), p + 256 * (i & 1), 256);
+    } else if (L == L_Q8) {
+      memcpy(to, p, 512);
+    } else {
+      const vi off = _mm512_set1_epi8(8), high = _mm512_set1_epi8((char)0xf0), off16 = _mm512_set1_epi8((char)128);
+      for (int c = 0; c < 4; c++, to += 64) {
+        const vi both = load_bytes(p + 64 * c);
+        const vi lo = low_nibbles(both), hi = high_nibbles(both);
+        _mm512_store_si512(to, LOW ? lo : _mm512_sub_epi8(lo, off));
+        _mm512_store_si512(to + 256, LOW ? hi : _mm512_sub_epi8(hi, off));
+        if (!TWICE) continue;
+        const vi lo16 = _mm512_slli_epi16(lo, 4), hi16 = _mm512_and_si512(both, high);
+        _mm512_store_si512(to + 512, LOW ? lo16 : _mm512_sub_epi8(lo16, off16));
+        _mm512_store_si512(to + 768, LOW ? hi16 : _mm512_sub_epi8(hi16, off16));
+      }
+    }
+  }
+};
+
+constexpr int STRIP = 32;  // places that are unpacked at a time for many tokens: they stay in the first cache
+
 struct Strip {
-  alignas(64) int8_t w[STRIP][16 * TILE];
+  alignas(64) int8_t w[STRIP][32 * TILE];
   alignas(64) float scale[STRIP][LANES], low[STRIP][LANES];
 };
 
-inline void spread_nibbles(const uint8_t *chunks, int8_t *to, int less) {
-  const vi off = _mm512_set1_epi8((char)less);
-  for (int c = 0; c < 4; c++) {
-    const vi both = load_bytes(chunks + 64 * c);
-    _mm512_store_si512(to + 64 * c, _mm512_sub_epi8(low_nibbles(both), off));
-    _mm512_store_si512(to + 64 * (4 + c), _mm512_sub_epi8(high_nibbles(both), off));
+// The rows of a token's tile, and what its sums are as numbers.
+template <int D>
+struct ByBytes {
+  static constexpr int ROWS = D, BYTES = TILE, X = SHORT, W = SHORT_WEIGHTS;
+  static constexpr bool TWICE = false;
+  static const int8_t *rows(const Acts &a) { return a.q; }
+  static vf value(const int32_t *sums) {
+    vi digits[D];
+    for (int d = 0; d < D; d++) digits[d] = load_bytes(sums + d * LANES);
+    return number<D>(digits);
   }
-}
-
-// Tiles b..b + n - 1 of a group into places 0.. of the strip; n is a multiple of 8 for layouts of 256 columns.
-inline void unpack(int layout, const uint8_t *group, int b, int n, Strip &s) {
-  if (layout == L_Q8 || layout == L_Q4 || layout == L_Q4Z) {
-    const int bytes = layout == L_Q8 ? 544 : layout == L_Q4 ? 320 : 288, quants = layout == L_Q8 ? 512 : 256;
-    const uint8_t *p = group + (int64_t)b * bytes;
-    for (int i = 0; i < n; i++, p += bytes) {
-      read_ahead(p, bytes);
-      if (layout == L_Q8) memcpy(s.w[i], p, 512);
-      else spread_nibbles(p, s.w[i], layout == L_Q4Z ? 8 : 0);
-      store(s.scale[i], from_half16(p + quants));
-      if (layout == L_Q4) store(s.low[i], from_half16(p + 288));
-    }
-  } else if (layout == L_Q4K) {
-    const uint8_t *p = group + (int64_t)(b / 8) * 2368;
-    for (int i = 0; i < n;) {
-      const vf d = from_half16(p), low = sub(set(0.0f), from_half16(p + 32));
-      p += 64;
-      for (int k = 0; k < 8; k++, i++, p += 288) {
-        read_ahead(p, 288);
-        spread_nibbles(p, s.w[i], 0);
-        store(s.scale[i], mul(d, from_u8(p + 256)));
-        store(s.low[i], mul(low, from_u8(p + 272)));
-      }
-    }
-  } else {  // L_Q6K
-    const uint8_t *p = group + (int64_t)(b / 8) * 4384;
-    for (int i = 0; i < 2 * n;) {
-      const vf d = from_half16(p);
-      p += 32;
-      for (int k = 0; k < 8; k++, p += 544) {
-        read_ahead(p, 544);
-        for (int half = 0; half < 2; half++, i++) {
-          memset(s.w[i], 0, 512);
-          memcpy(s.w[i] + 256 * half, p + 256 * half, 256);
-          store(s.scale[i], mul(d, from_i8(p + 512 + 16 * half)));
-        }
-      }
-    }
+};
+struct ByHalves {
+  static constexpr int ROWS = 2, BYTES = 2 * TILE, X = LONG, W = LONG_WEIGHTS;
+  static constexpr bool TWICE = true;
+  static const int8_t *rows(const Acts &a) { return a.halves; }
+  static vf value(const int32_t *sums) {
+    return fma(to_float(load_bytes(sums + LANES)), set(4096.0f), to_float(load_bytes(sums)));
   }
-}
+};
 
-// Sums of TT tokens' digits with one place of a strip, in tile registers and scratch that the place before does not use.
-template <int ROUND, int ROWS>
+// Sums of TT tokens' rows with one place's weights, which are unsigned where they are nibbles with a minimum, given twice.
+template <int TT, class Form, class P>
 inline void multiply_place(const int8_t *x, const int8_t *w, int32_t *sums) {
-  constexpr int X = 4 + ROUND, W = 6 + ROUND;
-  tile_load<W>(w, 64);
-  tile_load<X>(x, TILE);
-  tile_multiply<ROUND ? 3 : 0, X, W>();
-  if (ROWS > 16) {
-    tile_load<X>(x + 16 * TILE, TILE);
-    tile_multiply<1, X, W>();
+  tile_load<Form::W>(w, 64);
+  for (int row = 0; row < TT * Form::ROWS; row += 16) {
+    tile_load<Form::X>(x + row * Form::BYTES, Form::BYTES);
+    tile_multiply<Form::X, Form::W, !(Form::TWICE && P::LOW)>(sums + row * LANES);
   }
-  if (ROWS > 32) {
-    tile_load<X>(x + 32 * TILE, TILE);
-    tile_multiply<2, X, W>();
-  }
-  tile_store<ROUND ? 3 : 0>(sums);
-  if (ROWS > 16) tile_store<1>(sums + 256);
-  if (ROWS > 32) tile_store<2>(sums + 512);
 }
 
 // own += one place's sums, scaled.
-template <int TT, int D, bool LOW>
-inline void scale_place(const int32_t *sums, const float *scale, const float *low, const float *scales, const float *totals,
-                        vf *own) {
-  const vf s = load(scale), l = LOW ? load(low) : set(0.0f);
+template <int TT, class Form, bool LOW>
+inline void scale_place(const int32_t *sums, vf scale, vf low, const float *scales, const float *totals, vf *own) {
   for (int t = 0; t < TT; t++) {
-    vi digits[D];
-    for (int d = 0; d < D; d++) digits[d] = load_bytes(sums + (t * D + d) * LANES);
-    own[t] = fma(mul(s, set(scales[t])), number<D>(digits), own[t]);
-    if (LOW) own[t] = fma(l, set(totals[t]), own[t]);
+    own[t] = fma(mul(scale, set(scales[t])), Form::value(sums + t * Form::ROWS * LANES), own[t]);
+    if (LOW) own[t] = fma(low, set(totals[t]), own[t]);
   }
 }
 
-// acc += `places` places of a strip times tokens t0..t0 + TT - 1, whose tiles begin with b; PER places share a tile.
-template <int TT, int D, int PER, bool LOW>
-inline void strip_sums(const Strip &s, int places, const Acts &a, int t0, int b, vf *acc) {
-  constexpr int ROWS = (TT * D + 15) / 16 * 16;
-  alignas(64) int32_t sums[2][ROWS * LANES];
+// What TT tokens from t0 on have at every place.
+template <int TT, class Form, class P>
+struct Columns {
+  const int8_t *x;
+  const float *scales, *totals;
+  int64_t wide;
+  Columns(const Acts &a, int t0, int b) : wide(a.width) {
+    const int64_t at = a.at(t0, b);
+    x = Form::rows(a) + at * Form::ROWS * Form::BYTES;
+    scales = a.scale + at, totals = a.total + at;
+  }
+  void multiply(int i, const int8_t *w, int32_t *sums) const {
+    multiply_place<TT, Form, P>(x + i / P::PER * wide * Form::ROWS * Form::BYTES, w, sums);
+  }
+  void scale(int i, const int32_t *sums, vf scale, vf low, vf *own) const {
+    scale_place<TT, Form, P::LOW>(sums, scale, low, scales + i / P::PER * wide, totals + i / P::PER * wide, own);
+  }
+};
+
+template <int TT, class Form, int RING>
+using Sums = int32_t[RING][(TT * Form::ROWS + 15) / 16 * 256];
+
+// acc = a group's sums for up to TT tokens from t0 on: a place is unpacked, two places later multiplied, and two later
+// scaled, as what is written to memory for the tiles, and by them, had better be in the cache when it is read.
+template <int TT, class Form, class P>
+inline void few_tokens(const P &group, const Acts &a, int t0, int n, vf *acc) {
+  constexpr int RING = 4;
+  alignas(64) Sums<TT, Form, RING> sums;
+  alignas(64) int8_t w[RING][32 * TILE];
+  const Columns<TT, Form, P> columns(a, t0, 0);
+  const int places = a.tiles * P::PER;
+  vf own[TT];
+  for (int t = 0; t < TT; t++) own[t] = set(0.0f);
+  for (int i = -4; i < places; i++) {
+    if (i >= -2 && i + 2 < places) columns.multiply(i + 2, w[(i + 2) % RING], sums[(i + 2) % RING]);
+    if (i + 4 < places) {
+      read_ahead(group.tile((i + 4) / P::PER), P::BYTES);
+      group.template spread<Form::TWICE>(i + 4, w[(i + 4) % RING]);
+    }
+    if (i >= 0) columns.scale(i, sums[i % RING], group.scale(i), P::LOW ? group.low(i) : set(0.0f), own);
+  }
+  for (int t = 0; t < n; t++) acc[t] = own[t];
+}
+
+// acc += places first.. of a group, which lie in a strip, times TT tokens from t0 on. From `ahead` on lies what will be
+// wanted next, if it is not there yet.
+template <int TT, class Form, class P>
+inline void strip_sums(const Strip &s, int first, int places, const Acts &a, int t0, const uint8_t *ahead, vf *acc) {
+  alignas(64) Sums<TT, Form, 2> sums;
+  const Columns<TT, Form, P> columns(a, t0, first / P::PER);
+  const int64_t wide = a.width, more = wide * Form::ROWS * Form::BYTES;
+  const int8_t *x = columns.x;
+  const float *scales = columns.scales, *totals = columns.totals;
   vf own[TT];
   for (int t = 0; t < TT; t++) own[t] = acc[t];
-  const int64_t at = a.at(t0, b), wide = a.width;
-  const int8_t *x = a.q + at * D * TILE;
-  const float *scales = a.scale + at, *totals = a.total + at;
-  multiply_place<0, ROWS>(x, s.w[0], sums[0]);
+  multiply_place<TT, Form, P>(x, s.w[0], sums[0]);
   for (int i = 0; i < places; i += 2) {  // while one place's sums are scaled, the next is multiplied
-    if (PER == 1) x += wide * D * TILE;
-    if (i + 1 < places) multiply_place<1, ROWS>(x, s.w[i + 1], sums[1]);
-    scale_place<TT, D, LOW>(sums[0], s.scale[i], s.low[i], scales, totals, own);
-    if (PER == 1) scales += wide, totals += wide;
-    x += wide * D * TILE;
-    if (i + 2 < places) multiply_place<0, ROWS>(x, s.w[i + 2], sums[0]);
-    if (i + 1 < places) scale_place<TT, D, LOW>(sums[1], s.scale[i + 1], s.low[i + 1], scales, totals, own);
+    if (ahead)
+      for (int k = 0; k < 2 * P::BYTES / P::PER; k += 64, ahead += 64) prefetch(ahead);
+    if (P::PER == 1) x += more;
+    if (i + 1 < places) multiply_place<TT, Form, P>(x, s.w[i + 1], sums[1]);
+    scale_place<TT, Form, P::LOW>(sums[0], load(s.scale[i]), load(s.low[i]), scales, totals, own);
+    if (P::PER == 1) scales += wide, totals += wide;
+    x += more;
+    if (i + 2 < places) multiply_place<TT, Form, P>(x, s.w[i + 2], sums[0]);
+    if (i + 1 < places)
+      scale_place<TT, Form, P::LOW>(sums[1], load(s.scale[i + 1]), load(s.low[i + 1]), scales, totals, own);
     scales += wide, totals += wide;
   }
   for (int t = 0; t < TT; t++) acc[t] = own[t];
 }
 
-template <int D, int PER, bool LOW>
-inline void group_by_tiles(const HastenMatrix &m, int g, const Acts &a, int t0, int n, vf *acc) {
-  const uint8_t *group = (const uint8_t *)m.data + g * group_bytes(m.layout, m.cols);
-  constexpr int step = STRIP / PER;
+template <class Form, class P>
+inline void many_tokens(const P &group, const Acts &a, int t0, int n, vf *acc) {
+  const int places = a.tiles * P::PER;
   Strip strip;
   for (int t = 0; t < n; t++) acc[t] = set(0.0f);
-  for (int b = 0; b < a.tiles; b += step) {
-    const int count = a.tiles - b < step ? a.tiles - b : step;
-    unpack(m.layout, group, b, count, strip);
+  for (int first = 0; first < places; first += STRIP) {
+    const int last = first + STRIP < places ? first + STRIP : places;
+    for (int i = first; i < last; i++) {
+      group.template spread<Form::TWICE>(i, strip.w[i - first]);
+      store(strip.scale[i - first], group.scale(i));
+      if (P::LOW) store(strip.low[i - first], group.low(i));
+    }
     for (int t = 0; t < n; t += BLOCK) {
       vf own[BLOCK];
       const int some = n - t < BLOCK ? n - t : BLOCK;
       for (int i = 0; i < some; i++) own[i] = acc[t + i];
-      if (some > 8) strip_sums<16, D, PER, LOW>(strip, count * PER, a, t0 + t, b, own);
-      else if (some > 5 || D == 1) strip_sums<8, D, PER, LOW>(strip, count * PER, a, t0 + t, b, own);
-      else strip_sums<5, D, PER, LOW>(strip, count * PER, a, t0 + t, b, own);
+      const uint8_t *ahead = t ? nullptr : group.tile(last / P::PER);
+      if (some > 8) strip_sums<16, Form, P>(strip, first, last - first, a, t0 + t, ahead, own);
+      else strip_sums<8, Form, P>(strip, first, last - first, a, t0 + t, ahead, own);
       for (int i = 0; i < some; i++) acc[t + i] = own[i];
     }
   }
 }
 
-template <int D>
-inline void tiles_of(const HastenMatrix &m, int g, const Acts &a, int t0, int n, vf *acc) {
-  if (m.layout == L_Q6K) group_by_tiles<D, 2, false>(m, g, a, t0, n, acc);
-  else if (m.layout == L_Q4 || m.layout == L_Q4K) group_by_tiles<D, 1, true>(m, g, a, t0, n, acc);
-  else group_by_tiles<D, 1, false>(m, g, a, t0, n, acc);
+template <int L, class Exact>
+inline void tiles_of(const uint8_t *data, const Acts &a, int t0, int n, vf *acc) {
+  const Places<L> group = {data};
+  if (a.int8) {
+    if (n > BLOCK) many_tokens<ByBytes<1>>(group, a, t0, n, acc);
+    else few_tokens<16, ByBytes<1>>(group, a, t0, n, acc);
+  } else {
+    if (n > BLOCK) many_tokens<Exact>(group, a, t0, n, acc);
+    else if (n > 8) few_tokens<16, Exact>(group, a, t0, n, acc);
+    else if (n > 4) few_tokens<8, Exact>(group, a, t0, n, acc);
+    else few_tokens<4, Exact>(group, a, t0, n, acc);
+  }
 }
 
 // Sums of rows 16 g .. 16 g + 15 for tokens t0 .. t0 + n - 1, which begin a block.
 inline void sums_by_tiles(const HastenMatrix &m, int g, const Acts &a, int t0, int n, vf *acc) {
-  if (a.int8) tiles_of<1>(m, g, a, t0, n, acc);
-  else tiles_of<DIGITS>(m, g, a, t0, n, acc);
+  const uint8_t *data = (const uint8_t *)m.data + g * group_bytes(m.layout, m.cols);
+  switch (m.layout) {
+    case L_Q8: return tiles_of<L_Q8, ByBytes<DIGITS>>(data, a, t0, n, acc);
+    case L_Q4: return tiles_of<L_Q4, ByHalves>(data, a, t0, n, acc);
+    case L_Q4Z: return tiles_of<L_Q4Z, ByHalves>(data, a, t0, n, acc);
+    case L_Q4K: return tiles_of<L_Q4K, ByHalves>(data, a, t0, n, acc);
+    default: return tiles_of<L_Q6K, ByBytes<DIGITS>>(data, a, t0, n, acc);
+  }
 }
