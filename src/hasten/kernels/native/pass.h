@@ -43,13 +43,11 @@ struct Thread {
   // Groups of rows whose products are this thread's.
   Span groups(int64_t all) const { return shared_out ? Span{0, (int)all} : share(all, id, count); }
 
-  // f(t) for the tokens whose norms and places are this thread's.
+  // f(t) for the tokens whose norms are this thread's: neighbours, as their bytes lie in the same lines of the cache.
   template <class F>
   void each(const F &f) const {
-    if (shared_out)
-      for (int t = tokens.from; t < tokens.to; t++) f(t);
-    else
-      for (int t = id; t < p.queries; t += count) f(t);
+    const Span own = shared_out ? tokens : share(p.queries, id, count);
+    for (int t = own.from; t < own.to; t++) f(t);
   }
 
   // The end of a part, after which `others` wrote what this thread will read.
@@ -171,12 +169,15 @@ inline void attention(const Thread &T, int layer) {
   const HastenSight *sight = T.p.sight + (int64_t)T.p.kind_of_layer[layer] * T.p.queries;
   float *scores = T.w.scores + T.id * score_numbers(T.w.room);
   // a few queries: each for itself, or the heads of a group are shared out too, or a thread would idle
+  const int least = 3 * T.count;
   int together = queries_at_once(T.w.room);
   const auto blocks = [&] { return (T.p.queries + together - 1) / together; };
-  while (together > 1 && blocks() * kv < 4 * T.count) together /= 2;
-  const int pieces = blocks() * kv >= 4 * T.count ? 1 : group, heads = group / pieces;
-  for (int j = T.id; j < blocks() * kv * pieces; j += T.count) {
-    const int at = j / (kv * pieces) * together, h = j / pieces % kv, first = (h * group + j % pieces * heads) * dim;
+  while (together > 1 && blocks() * kv < least) together /= 2;
+  const int pieces = blocks() * kv >= least ? 1 : group, heads = group / pieces, each = blocks() * pieces, tasks = kv * each;
+  // head after head, so that a thread reads few of them; many queries in turns, as later ones see more
+  const Span mine = T.shared_out ? Span{T.id, tasks} : share(tasks, T.id, T.count);
+  for (int j = mine.from; j < mine.to; j += T.shared_out ? T.count : 1) {
+    const int h = j / each, at = j % each / pieces * together, first = (h * group + j % pieces * heads) * dim;
     const int end = at + together < T.p.queries ? at + together : T.p.queries;
     Query of[QUERIES_AT_ONCE];
     int n = 0;
