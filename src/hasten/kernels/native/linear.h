@@ -40,6 +40,7 @@ inline float power_of_two(int e) {
 }
 
 constexpr int BY_TILES = 3, BY_TILES_INT8 = 9;  // fewer tokens are faster by vectors than by AMX
+constexpr int ONE_TILE = 5;                     // tokens whose digits fill no more than one of AMX's tiles
 constexpr float MOST = 127 * 65536 + 127 * 256 + 127;  // of three digits
 
 // Columns 32 b .. 32 b + 31 of token t as D digits per number.
@@ -68,7 +69,7 @@ inline void finish_bytes(const Acts &a, int t, int b) {
   const vf wl = round(mul(lo, set(up))), wh = round(mul(hi, set(up)));
   put_digits<D>(q, whole, wl, wh);
 #if defined(HASTEN_AMX)
-  if (D > 1 && a.width >= BY_TILES) put_halves(a.halves + at * 4 * TILE, wl, wh);
+  if (D > 1 && a.width > ONE_TILE) put_halves(a.halves + at * 4 * TILE, wl, wh);
 #endif
   float sums = 0.0f;
   for (int d = D; d-- > 0;) sums = 256.0f * sums + (float)(whole[2 * d] + whole[2 * d + 1]);

@@ -1,7 +1,7 @@
 // Products of many tokens by AMX: 16 rows of weights times 32 columns times 16 rows of bytes, which are tokens' digits. A
 // packed chunk of 64 bytes is a row of the weights' operand as it stands.
 //
-//   bytes   INT8, and EXACT with 8-bit quants: one row per digit, 32 bytes long
+//   bytes   INT8, EXACT with 8-bit quants or few tokens: one row per digit, 32 bytes long
 //   halves  EXACT with nibbles: the number of 23 bits is 4096 h1 + h0, a half is 16 d1 + d0, a row is d0's 32 bytes and
 //           d1's; the weights are given twice, the second time 16 times as large
 //
@@ -254,8 +254,9 @@ inline void tiles_of(const uint8_t *data, const Acts &a, int t0, int n, vf *acc)
   } else {
     if (n > BLOCK) many_tokens<Exact>(group, a, t0, n, acc);
     else if (n > 8) few_tokens<16, Exact>(group, a, t0, n, acc);
-    else if (n > 4) few_tokens<8, Exact>(group, a, t0, n, acc);
-    else few_tokens<4, Exact>(group, a, t0, n, acc);
+    else if (n > ONE_TILE) few_tokens<8, Exact>(group, a, t0, n, acc);
+    else if (n > 4) few_tokens<ONE_TILE, ByBytes<DIGITS>>(group, a, t0, n, acc);
+    else few_tokens<4, ByBytes<DIGITS>>(group, a, t0, n, acc);
   }
 }
 
