@@ -245,29 +245,34 @@ inline void many_tokens(const P &group, const Acts &a, int t0, int n, vf *acc) {
   }
 }
 
+constexpr int TWO_BLOCKS = 2 * BLOCK;  // up to so many tokens, unpacking once for each block is faster than for all
+
 template <int L, class Exact>
-inline void tiles_of(const uint8_t *data, const Acts &a, int t0, int n, vf *acc) {
-  const Places<L> group = {data};
-  if (a.int8) {
-    if (n > BLOCK) many_tokens<ByBytes<1>>(group, a, t0, n, acc);
-    else few_tokens<16, ByBytes<1>>(group, a, t0, n, acc);
-  } else {
-    if (n > BLOCK) many_tokens<Exact>(group, a, t0, n, acc);
-    else if (n > 8) few_tokens<16, Exact>(group, a, t0, n, acc);
-    else if (n > ONE_TILE) few_tokens<8, Exact>(group, a, t0, n, acc);
-    else if (n > 4) few_tokens<ONE_TILE, ByBytes<DIGITS>>(group, a, t0, n, acc);
-    else few_tokens<4, ByBytes<DIGITS>>(group, a, t0, n, acc);
+inline void tiles_of(const HastenMatrix &m, int g, const Acts &a, int t0, int n, vf *acc) {
+  const Places<L> group = {(const uint8_t *)m.data + g * group_bytes(L, m.cols)};
+  if (n > TWO_BLOCKS) {
+    if (a.int8) many_tokens<ByBytes<1>>(group, a, t0, n, acc);
+    else many_tokens<Exact>(group, a, t0, n, acc);
+    return;
+  }
+  for (int t = 0; t < n; t += BLOCK) {
+    const int some = n - t < BLOCK ? n - t : BLOCK, at = t0 + t;
+    if (some < (a.int8 ? BY_TILES_INT8 : BY_TILES)) sums_by_vectors(m, g, a, at, some, acc + t);
+    else if (a.int8) few_tokens<16, ByBytes<1>>(group, a, at, some, acc + t);
+    else if (some > 8) few_tokens<16, Exact>(group, a, at, some, acc + t);
+    else if (some > ONE_TILE) few_tokens<8, Exact>(group, a, at, some, acc + t);
+    else if (some > 4) few_tokens<ONE_TILE, ByBytes<DIGITS>>(group, a, at, some, acc + t);
+    else few_tokens<4, ByBytes<DIGITS>>(group, a, at, some, acc + t);
   }
 }
 
 // Sums of rows 16 g .. 16 g + 15 for tokens t0 .. t0 + n - 1, which begin a block.
 inline void sums_by_tiles(const HastenMatrix &m, int g, const Acts &a, int t0, int n, vf *acc) {
-  const uint8_t *data = (const uint8_t *)m.data + g * group_bytes(m.layout, m.cols);
   switch (m.layout) {
-    case L_Q8: return tiles_of<L_Q8, ByBytes<DIGITS>>(data, a, t0, n, acc);
-    case L_Q4: return tiles_of<L_Q4, ByHalves>(data, a, t0, n, acc);
-    case L_Q4Z: return tiles_of<L_Q4Z, ByHalves>(data, a, t0, n, acc);
-    case L_Q4K: return tiles_of<L_Q4K, ByHalves>(data, a, t0, n, acc);
-    default: return tiles_of<L_Q6K, ByBytes<DIGITS>>(data, a, t0, n, acc);
+    case L_Q8: return tiles_of<L_Q8, ByBytes<DIGITS>>(m, g, a, t0, n, acc);
+    case L_Q4: return tiles_of<L_Q4, ByHalves>(m, g, a, t0, n, acc);
+    case L_Q4Z: return tiles_of<L_Q4Z, ByHalves>(m, g, a, t0, n, acc);
+    case L_Q4K: return tiles_of<L_Q4K, ByHalves>(m, g, a, t0, n, acc);
+    default: return tiles_of<L_Q6K, ByBytes<DIGITS>>(m, g, a, t0, n, acc);
   }
 }
