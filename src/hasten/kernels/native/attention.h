@@ -77,7 +77,7 @@ constexpr int KEYS = 4;  // keys whose scores are added up together
 // Scores of G query heads q [G, dim] against visible keys first..last - 1, into scores [G, room]; `first` is a multiple of
 // KEYS.
 template <int G, int TYPE>
-inline void score_keys(const float *q, int dim, const Keys &keys, const Visible &seen, int first, int last, float *scores,
+within void score_keys(const float *q, int dim, const Keys &keys, const Visible &seen, int first, int last, float *scores,
                        int64_t room) {
   for (int j = first; j < last; j += KEYS) {
     const int n = last - j < KEYS ? last - j : KEYS;
@@ -140,7 +140,7 @@ inline void soften(float *scores, int n, float cap) {
 // Numbers from .. from + 16 WIDE - 1 of every head's mix (fewer, `n`, when WIDE is 1) over values first..last - 1, added to
 // what those before gave; sums stay in registers.
 template <int G, int TYPE, int WIDE>
-inline void mix_strip(const float *weights, int64_t room, int dim, const Keys &values, const Visible &seen, int first,
+within void mix_strip(const float *weights, int64_t room, int dim, const Keys &values, const Visible &seen, int first,
                       int last, int from, int n, float *out) {
   vf sums[G][WIDE];
   for (int g = 0; g < G; g++)

@@ -43,6 +43,13 @@ constexpr int BY_TILES = 3, BY_TILES_INT8 = 9;  // fewer tokens are faster by ve
 constexpr int ONE_TILE = 5;                     // tokens whose digits fill no more than one of AMX's tiles
 constexpr float MOST = 127 * 65536 + 127 * 256 + 127;  // of three digits
 
+// Parts of an inner loop: a call for each tile would cost as much as what it does, and compilers run out of patience.
+#if defined(__GNUC__)
+#define within inline __attribute__((always_inline))
+#else
+#define within inline
+#endif
+
 // Columns 32 b .. 32 b + 31 of token t as D digits per number.
 template <int D>
 inline void finish_bytes(const Acts &a, int t, int b) {
@@ -97,14 +104,14 @@ inline void read_ahead(const uint8_t *p, int bytes) {
 
 // The number whose digits are sums d[0], d[1], ...
 template <int D>
-inline vf number(const vi *d) {
+within vf number(const vi *d) {
   vf out = to_float(d[D - 1]);
   for (int i = D - 1; i-- > 0;) out = fma(out, set(256.0f), to_float(d[i]));
   return out;
 }
 
 template <int TT, int D>
-inline void nibbles_bytes(const uint8_t *tile, const Acts &a, int t0, int b, vf *out, bool centred) {
+within void nibbles_bytes(const uint8_t *tile, const Acts &a, int t0, int b, vf *out, bool centred) {
   vi acc[TT][D];
   const int64_t at = a.at(t0, b) * D;
   const int32_t *whole = a.whole + at * 2;
@@ -120,7 +127,7 @@ inline void nibbles_bytes(const uint8_t *tile, const Acts &a, int t0, int b, vf 
 }
 
 template <int TT>
-inline void nibbles_exact(const uint8_t *tile, const Acts &a, int t0, int b, vf *out, bool centred) {
+within void nibbles_exact(const uint8_t *tile, const Acts &a, int t0, int b, vf *out, bool centred) {
   vf even[TT], odd[TT];
   for (int t = 0; t < TT; t++) even[t] = odd[t] = set(0.0f);
   for (int c = 0; c < 4; c++) {
@@ -143,7 +150,7 @@ inline void nibbles_exact(const uint8_t *tile, const Acts &a, int t0, int b, vf 
 // --- tiles of 8-bit quants; chunks first..last-1 of four columns each ---
 
 template <int TT, int D>
-inline void bytes_bytes(const uint8_t *tile, const Acts &a, int t0, int b, vf *out, int first, int last) {
+within void bytes_bytes(const uint8_t *tile, const Acts &a, int t0, int b, vf *out, int first, int last) {
   vi acc[TT][D];
   const int64_t at = a.at(t0, b) * D;
   const int32_t *whole = a.whole + at * 2;
@@ -159,7 +166,7 @@ inline void bytes_bytes(const uint8_t *tile, const Acts &a, int t0, int b, vf *o
 }
 
 template <int TT>
-inline void bytes_exact(const uint8_t *tile, const Acts &a, int t0, int b, vf *out, int first, int last) {
+within void bytes_exact(const uint8_t *tile, const Acts &a, int t0, int b, vf *out, int first, int last) {
   vf even[TT], odd[TT];
   for (int t = 0; t < TT; t++) even[t] = odd[t] = set(0.0f);
   for (int c = first; c < last; c++) {
@@ -178,14 +185,14 @@ inline void bytes_exact(const uint8_t *tile, const Acts &a, int t0, int b, vf *o
 }
 
 template <int TT, bool INT8>
-inline void nibbles(const uint8_t *tile, const Acts &a, int t0, int b, vf *out, bool centred) {
+within void nibbles(const uint8_t *tile, const Acts &a, int t0, int b, vf *out, bool centred) {
   if (INT8) nibbles_bytes<TT, 1>(tile, a, t0, b, out, centred);
   else if (DIGITS > 1) nibbles_bytes<TT, DIGITS>(tile, a, t0, b, out, centred);
   else nibbles_exact<TT>(tile, a, t0, b, out, centred);
 }
 
 template <int TT, bool INT8>
-inline void bytes(const uint8_t *tile, const Acts &a, int t0, int b, vf *out, int first, int last) {
+within void bytes(const uint8_t *tile, const Acts &a, int t0, int b, vf *out, int first, int last) {
   if (INT8) bytes_bytes<TT, 1>(tile, a, t0, b, out, first, last);
   else if (DIGITS > 1) bytes_bytes<TT, DIGITS>(tile, a, t0, b, out, first, last);
   else bytes_exact<TT>(tile, a, t0, b, out, first, last);
@@ -193,13 +200,13 @@ inline void bytes(const uint8_t *tile, const Acts &a, int t0, int b, vf *out, in
 
 // acc += scale x (the tile's sum), the activations' own scale included.
 template <int TT, bool INT8>
-inline void scaled(vf *acc, vf scale, const vf *part, const Acts &a, int t0, int b) {
+within void scaled(vf *acc, vf scale, const vf *part, const Acts &a, int t0, int b) {
   const float *own = a.scale + a.at(t0, b);
   for (int t = 0; t < TT; t++) acc[t] = fma(INT8 || DIGITS > 1 ? mul(scale, set(own[t])) : scale, part[t], acc[t]);
 }
 
 template <int TT>
-inline void lowest(vf *acc, vf minimum, const Acts &a, int t0, int b) {
+within void lowest(vf *acc, vf minimum, const Acts &a, int t0, int b) {
   const float *total = a.total + a.at(t0, b);
   for (int t = 0; t < TT; t++) acc[t] = fma(minimum, set(total[t]), acc[t]);
 }
@@ -305,7 +312,9 @@ inline void sums_by_vectors(const HastenMatrix &m, int g, const Acts &a, int t0,
 constexpr int TOKENS = 256;
 #else
 constexpr int TOKENS = 64;
-struct Tiles {};
+struct Tiles {
+  explicit Tiles(int) {}
+};
 #endif
 
 // Sums of rows 16 g .. 16 g + 15 for tokens t0 .. t0 + n - 1 into acc; t0 begins a block, n <= TOKENS.

@@ -279,7 +279,7 @@ inline void output(Thread &T, const float *post) {
 }
 
 inline void run_pass(const Stack &stack, const HastenPass &pass, int thread, int threads) {
-  const Tiles tiles;
+  const Tiles tiles(pass.queries > pass.wanted_total ? pass.queries : pass.wanted_total);
   (void)tiles;
   Thread T(stack, pass, thread, threads);
   T.since = now();
@@ -312,7 +312,7 @@ inline void run_pass(const Stack &stack, const HastenPass &pass, int thread, int
 
 inline void run_linear(const HastenMatrix &m, const float *x, int tokens, bool int8, float *y, const Workspace &space,
                        int thread, int threads) {
-  const Tiles tiles;
+  const Tiles tiles(tokens);
   (void)tiles;
   const Acts a = acts(space.normed, tokens, int8);
   for (int t = thread; t < tokens; t += threads) {

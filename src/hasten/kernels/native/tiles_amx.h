@@ -21,7 +21,9 @@ enum Tile { SUMS, SHORT, SHORT_WEIGHTS, LONG, LONG_WEIGHTS, TILES };  // tile re
 // afterwards. Written as assembly, as the compiler's own intrinsics do not say which memory they touch.
 struct Tiles {
   TileShapes before;
-  Tiles() {
+  const bool wanted;  // one token is for vectors, and AMX that is not woken leaves them their pace
+  explicit Tiles(int tokens) : wanted(tokens >= BY_TILES) {
+    if (!wanted) return;
     TileShapes own;
     memset(&own, 0, sizeof own);
     own.palette = 1;
@@ -33,6 +35,7 @@ struct Tiles {
     asm volatile("ldtilecfg %0" ::"m"(own));
   }
   ~Tiles() {
+    if (!wanted) return;
     if (before.palette) asm volatile("ldtilecfg %0" ::"m"(before));
     else asm volatile("tilerelease");
   }
@@ -61,25 +64,25 @@ struct Places {
   const uint8_t *group;
 
   const uint8_t *super(int b) const { return group + (int64_t)(b / 8) * group_bytes(L, 256); }
-  const uint8_t *tile(int b) const {
+  within const uint8_t *tile(int b) const {
     if (L == L_Q4K) return super(b) + 64 + b % 8 * BYTES;
     if (L == L_Q6K) return super(b) + 32 + b % 8 * BYTES;
     return group + (int64_t)b * BYTES;
   }
-  vf scale(int i) const {
+  within vf scale(int i) const {
     const int b = i / PER;
     const uint8_t *p = tile(b) + QUANTS;
     if (L == L_Q4K) return mul(from_half16(super(b)), from_u8(p));
     if (L == L_Q6K) return mul(from_half16(super(b)), from_i8(p + 16 * (i & 1)));
     return from_half16(p);
   }
-  vf low(int i) const {
+  within vf low(int i) const {
     if (L == L_Q4K) return mul(sub(set(0.0f), from_half16(super(i) + 32)), from_u8(tile(i) + QUANTS + 16));
     return from_half16(tile(i) + QUANTS + 32);
   }
   // Place i's weights as signed bytes; `twice`: as unsigned ones if they have a minimum, then 16 times as large.
   template <bool TWICE>
-  void spread(int i, int8_t *to) const {
+  within void spread(int i, int8_t *to) const {
     const uint8_t *p = tile(i / PER);
     if (L == L_Q6K) {
       memset(to, 0, 512);
@@ -132,7 +135,7 @@ struct ByHalves {
 
 // Sums of TT tokens' rows with one place's weights, which are unsigned where they are nibbles with a minimum, given twice.
 template <int TT, class Form, class P>
-inline void multiply_place(const int8_t *x, const int8_t *w, int32_t *sums) {
+within void multiply_place(const int8_t *x, const int8_t *w, int32_t *sums) {
   tile_load<Form::W>(w, 64);
   for (int row = 0; row < TT * Form::ROWS; row += 16) {
     tile_load<Form::X>(x + row * Form::BYTES, Form::BYTES);
@@ -142,7 +145,7 @@ inline void multiply_place(const int8_t *x, const int8_t *w, int32_t *sums) {
 
 // own += one place's sums, scaled.
 template <int TT, class Form, bool LOW>
-inline void scale_place(const int32_t *sums, vf scale, vf low, const float *scales, const float *totals, vf *own) {
+within void scale_place(const int32_t *sums, vf scale, vf low, const float *scales, const float *totals, vf *own) {
   for (int t = 0; t < TT; t++) {
     own[t] = fma(mul(scale, set(scales[t])), Form::value(sums + t * Form::ROWS * LANES), own[t]);
     if (LOW) own[t] = fma(low, set(totals[t]), own[t]);
@@ -160,10 +163,10 @@ struct Columns {
     x = Form::rows(a) + at * Form::ROWS * Form::BYTES;
     scales = a.scale + at, totals = a.total + at;
   }
-  void multiply(int i, const int8_t *w, int32_t *sums) const {
+  within void multiply(int i, const int8_t *w, int32_t *sums) const {
     multiply_place<TT, Form, P>(x + i / P::PER * wide * Form::ROWS * Form::BYTES, w, sums);
   }
-  void scale(int i, const int32_t *sums, vf scale, vf low, vf *own) const {
+  within void scale(int i, const int32_t *sums, vf scale, vf low, vf *own) const {
     scale_place<TT, Form, P::LOW>(sums, scale, low, scales + i / P::PER * wide, totals + i / P::PER * wide, own);
   }
 };
