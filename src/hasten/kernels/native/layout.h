@@ -17,6 +17,14 @@
 #pragma once
 #include <stdint.h>
 
+// Parts of an inner loop: a call for each tile would cost as much as what it does, and compilers run out of patience.
+// Prefetches too: called from such a part, g++ 12 takes one for a function without effect and drops it.
+#if defined(__GNUC__)
+#define within inline __attribute__((always_inline))
+#else
+#define within inline
+#endif
+
 enum Layout : int32_t { L_F32, L_BF16, L_Q8, L_Q4, L_Q4Z, L_Q4K, L_Q6K, LAYOUTS };
 
 constexpr int LANES = 16, TILE = 32;

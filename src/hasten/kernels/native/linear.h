@@ -43,13 +43,6 @@ constexpr int BY_TILES = 3, BY_TILES_INT8 = 9;  // fewer tokens are faster by ve
 constexpr int ONE_TILE = 5;                     // tokens whose digits fill no more than one of AMX's tiles
 constexpr float MOST = 127 * 65536 + 127 * 256 + 127;  // of three digits
 
-// Parts of an inner loop: a call for each tile would cost as much as what it does, and compilers run out of patience.
-#if defined(__GNUC__)
-#define within inline __attribute__((always_inline))
-#else
-#define within inline
-#endif
-
 // Columns 32 b .. 32 b + 31 of token t as D digits per number.
 template <int D>
 inline void finish_bytes(const Acts &a, int t, int b) {
@@ -262,21 +255,29 @@ inline void group_quantised(int layout, const uint8_t *p, const Acts &a, int t0,
   }
 }
 
-template <int TT>
-inline void group_float(int layout, int cols, const uint8_t *p, const Acts &a, int t0, vf *acc) {
-  const float *x = a.f + (int64_t)t0 * a.cols;
-  const int step = layout == L_F32 ? 64 : 32;
-  vf odd[TT];
-  for (int t = 0; t < TT; t++) odd[t] = set(0.0f);
-  for (int k = 0; k < cols; k++, p += step) {
-    if (k % 2 == 0) prefetch(p + AHEAD);
-    const vf w = layout == L_F32 ? load((const float *)p) : from_bfloat16(p);
+// Columns of even and of odd number have sums of their own, which meet at the end.
+template <int TT, bool BF16>
+within void group_float(int cols, const uint8_t *p, const Acts &a, int t0, vf *acc) {
+  constexpr int STEP = BF16 ? 32 : 64;
+  const auto weights = [](const uint8_t *at) { return BF16 ? from_bfloat16(at) : load((const float *)at); };
+  const float *x[TT];
+  vf even[TT], odd[TT];
+  for (int t = 0; t < TT; t++) {
+    x[t] = a.f + (int64_t)(t0 + t) * a.cols;
+    even[t] = odd[t] = set(0.0f);
+  }
+  for (int k = 0; k + 1 < cols; k += 2, p += 2 * STEP) {
+    prefetch(p + AHEAD);
+    if (!BF16) prefetch(p + AHEAD + 64);
+    const vf w = weights(p), w_odd = weights(p + STEP);
     for (int t = 0; t < TT; t++) {
-      vf &sum = k & 1 ? odd[t] : acc[t];
-      sum = fma(w, set(x[(int64_t)t * a.cols + k]), sum);
+      even[t] = fma(w, set(x[t][k]), even[t]);
+      odd[t] = fma(w_odd, set(x[t][k + 1]), odd[t]);
     }
   }
-  for (int t = 0; t < TT; t++) acc[t] = add(acc[t], odd[t]);
+  if (cols % 2)
+    for (int t = 0; t < TT; t++) even[t] = fma(weights(p), set(x[t][cols - 1]), even[t]);
+  for (int t = 0; t < TT; t++) acc[t] = add(even[t], odd[t]);
 }
 
 template <int TT>
@@ -284,7 +285,8 @@ inline void group_of(const HastenMatrix &m, int g, const Acts &a, int t0, vf *ac
   const uint8_t *p = (const uint8_t *)m.data + g * group_bytes(m.layout, m.cols);
   vf own[TT];  // nobody else's: it can stay in registers
   for (int t = 0; t < TT; t++) own[t] = set(0.0f);
-  if (!quantised(m.layout)) group_float<TT>(m.layout, m.cols, p, a, t0, own);
+  if (m.layout == L_F32) group_float<TT, false>(m.cols, p, a, t0, own);
+  else if (!quantised(m.layout)) group_float<TT, true>(m.cols, p, a, t0, own);
   else if (a.int8) group_quantised<TT, true>(m.layout, p, a, t0, own);
   else group_quantised<TT, false>(m.layout, p, a, t0, own);
   for (int t = 0; t < TT; t++) acc[t] = own[t];

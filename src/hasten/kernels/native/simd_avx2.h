@@ -147,4 +147,4 @@ inline vf byte_of(vi w, int j) {
   const int up = 24 - 8 * j;
   return to_float({_mm256_srai_epi32(_mm256_slli_epi32(w.a, up), 24), _mm256_srai_epi32(_mm256_slli_epi32(w.b, up), 24)});
 }
-inline void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
+within void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }

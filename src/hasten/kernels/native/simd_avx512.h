@@ -110,4 +110,4 @@ inline vf nibble_of(vi w, int j) {
 inline vf byte_of(vi w, int j) {
   return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(w, (unsigned)(24 - 8 * j)), 24));
 }
-inline void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
+within void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }

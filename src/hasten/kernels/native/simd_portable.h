@@ -162,4 +162,4 @@ inline vi start_s(int32_t) { return zero(); }
 
 inline vf nibble_of(const vi &w, int j) { LANEWISE((float)(((uint32_t)w.v[i] >> (4 * j)) & 15)); }
 inline vf byte_of(const vi &w, int j) { LANEWISE((float)w.s[4 * i + j]); }
-inline void prefetch(const void *p) { __builtin_prefetch(p); }
+within void prefetch(const void *p) { __builtin_prefetch(p); }
