@@ -16,7 +16,7 @@ from typing import Any
 
 from hasten.errors import HastenError, UnsupportedError, out_of_range
 
-ABI = 2
+ABI = 3
 LEVELS = ("auto", "amx", "avx512", "avx2", "portable")
 PARTS = ("norm", "qkv", "attention", "out", "ffn", "down", "head")
 ACTIVATIONS = ("exact", "int8")

@@ -26,7 +26,7 @@ SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 CONTEXTS = (64, 1024)
 _BUDGET_S = 0.9  # for all of it; what is not measured by then is interpolated
 _LEAST, _MOST = 2, 5  # passes of one size
-_KERNELS = 3  # raised when kernels change what passes cost, so that profiles are measured anew
+_KERNELS = 4  # raised when kernels change what passes cost, so that profiles are measured anew
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,12 +39,12 @@ int fail(const char *format, ...) {
 }
 
 #if defined(HASTEN_HAS_AMX)
-// AMX with byte products: the processor has it, and the system lets this process use its large state.
+// AMX with products of bytes and of bfloat16: the processor has it, and the system lets this process use its large state.
 bool has_amx() {
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  const unsigned tile = 1u << 24, int8 = 1u << 25;
-  if ((d & tile) == 0 || (d & int8) == 0) return false;
+  const unsigned all = 1u << 22 | 1u << 24 | 1u << 25;  // bfloat16, tiles, bytes
+  if ((d & all) != all) return false;
   constexpr int ASK = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM
   return syscall(SYS_arch_prctl, ASK, TILE_DATA) == 0;
 }
@@ -115,19 +115,25 @@ int grow(T *&p, int64_t count, int64_t &bytes) {
   return 0;
 }
 
+// The forms of activations that products with a matrix want.
+enum Form : unsigned { FLOATS = 0, PIECES_OF_FLOATS = 1, BYTES = 2 };
+unsigned form(const HastenMatrix &m) { return quantised(m.layout) ? BYTES : m.layout == L_BF16 ? PIECES_OF_FLOATS : FLOATS; }
+
 template <class A>
-int grow_acts(A &a, int64_t tokens, int64_t cols, int64_t &bytes) {
+int grow_acts(A &a, int64_t tokens, int64_t cols, unsigned forms, int64_t &bytes) {
   a.cols = (cols + TILE - 1) / TILE * TILE;
   tokens = tokens / 16 * 16 + 32;  // whole blocks, and one more: products of a whole block look behind the last token
   const int64_t tiles = tokens * (a.cols / TILE);
-  return grow(a.f, tokens * a.cols, bytes) || grow(a.q, 3 * tokens * a.cols, bytes) ||
-         grow(a.halves, 4 * tokens * a.cols, bytes) || grow(a.scale, tiles, bytes) ||
-         grow(a.total, tiles, bytes) || grow(a.whole, 6 * tiles, bytes);  // up to three digits
+  if (grow(a.f, tokens * a.cols, bytes)) return -1;
+  if (forms & PIECES_OF_FLOATS && grow(a.pieces, 3 * tokens * a.cols, bytes)) return -1;
+  return forms & BYTES && (grow(a.q, 3 * tokens * a.cols, bytes) || grow(a.halves, 4 * tokens * a.cols, bytes) ||
+                           grow(a.scale, tiles, bytes) || grow(a.total, tiles, bytes) ||
+                           grow(a.whole, 6 * tiles, bytes));  // up to three digits
 }
 
 template <class A>
 void drop_acts(A &a) {
-  free(a.f), free(a.q), free(a.halves), free(a.scale), free(a.total), free(a.whole);
+  free(a.f), free(a.q), free(a.halves), free(a.pieces), free(a.scale), free(a.total), free(a.whole);
 }
 
 int reserve(Stack &s, int64_t tokens, int64_t keys) {
@@ -136,12 +142,18 @@ int reserve(Stack &s, int64_t tokens, int64_t keys) {
   const int64_t room = (keys + LANES - 1) / LANES * LANES, threads = thread_count();
   if (tokens > w.tokens) {
     const int64_t want = tokens < 16 ? 16 : tokens, slices = (m.vocab + SLICE - 1) / SLICE;
+    unsigned normed = form(m.head), mixed = 0, inner = 0;
+    for (int i = 0; i < m.layers; i++) {
+      const HastenLayer &l = m.layer[i];
+      for (const HastenMatrix *one : {&l.q, &l.k, &l.v, &l.gate, &l.up}) normed |= form(*one);
+      mixed |= form(l.out), inner |= form(l.down);
+    }
     s.bytes = 0;
     w.tokens = 0;
     if (grow(w.x, want * m.hidden, s.bytes) || grow(w.y, want * m.hidden, s.bytes) ||
         grow(w.qkv, want * (m.heads + 2 * m.kv_heads) * m.head_dim, s.bytes) || grow(w.part, want * slices * 3, s.bytes) ||
-        grow_acts(w.normed, want, m.hidden, s.bytes) || grow_acts(w.mixed, want, m.heads * m.head_dim, s.bytes) ||
-        grow_acts(w.inner, want, m.ffn, s.bytes))
+        grow_acts(w.normed, want, m.hidden, normed, s.bytes) ||
+        grow_acts(w.mixed, want, m.heads * m.head_dim, mixed, s.bytes) || grow_acts(w.inner, want, m.ffn, inner, s.bytes))
       return -1;
     w.tokens = want;
   }
@@ -318,7 +330,7 @@ int32_t hasten_linear(const HastenMatrix *m, const float *x, int32_t tokens, int
     Workspace space;
   } job = {m, x, tokens, activations, y, {}};
   int64_t bytes = 0;
-  const int failed = grow_acts(job.space.normed, tokens, m->cols, bytes);
+  const int failed = grow_acts(job.space.normed, tokens, m->cols, form(*m), bytes);
   if (!failed)
     run_on_all(
         [](void *context, int thread, int threads) {

@@ -11,7 +11,7 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)
 
-#define HASTEN_ABI 2
+#define HASTEN_ABI 3
 
 // Stored types that can be repacked (`hasten_pack`); block formats are those of GGUF.
 enum { HASTEN_F32, HASTEN_F16, HASTEN_BF16, HASTEN_Q4_0, HASTEN_Q4_1, HASTEN_Q5_0, HASTEN_Q8_0, HASTEN_Q4_K, HASTEN_Q6_K };

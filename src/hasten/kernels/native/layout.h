@@ -11,9 +11,10 @@
 //   Q4K   16 x f16 d | 16 x f16 dmin | 8 tiles of (4 chunks | 16 x u8 scale | 16 x u8 minimum)        2368 per 8 tiles
 //   Q6K   16 x f16 d | 8 tiles of (8 chunks of signed bytes | 2 x 16 x i8 scale, one per 16 columns)  4384 per 8 tiles
 //   F32   one column of 16 rows after another                                          64 per column
-//   BF16  the same                                                                     32 per column
+//   BF16  tiles of 16 lines of 64 bytes: columns 2 j and 2 j + 1 of row 0, of row 1, ..           1024
 //
-// A last group of fewer than 16 rows is filled up with zeros. F32 and BF16 take any number of columns.
+// A last group of fewer than 16 rows is filled up with zeros. F32 and BF16 take any number of columns,
+// the last tile of BF16 is filled up with zeros.
 #pragma once
 #include <stdint.h>
 
@@ -38,7 +39,7 @@ constexpr int column_step(int layout) { return layout >= L_Q4K ? 256 : layout >=
 constexpr int64_t group_bytes(int layout, int64_t cols) {
   switch (layout) {
     case L_F32: return cols * 64;
-    case L_BF16: return cols * 32;
+    case L_BF16: return (cols + TILE - 1) / TILE * 1024;
     case L_Q8: return cols / TILE * 544;
     case L_Q4: return cols / TILE * 320;
     case L_Q4Z: return cols / TILE * 288;

@@ -16,8 +16,9 @@ constexpr int BLOCK = 16;
 
 struct Acts {
   float *f;        // [T, cols]
-  int8_t *q;       // [T / 16, cols / 32, width, digits, 32]
+  int8_t *q;       // [T / 16, cols / 32, width, digits, 32], or null where no weights are quants
   int8_t *halves;  // [T / 16, cols / 32, width, 2, 64] of EXACT ones for AMX: see tiles_amx.h
+  uint16_t *pieces;  // [T / 16, cols / 32, width, 3, 32] for AMX, or null: see tiles_bfloat16.h
   float *scale;    // [T / 16, cols / 32, width]
   float *total;    // [T / 16, cols / 32, width] sum of the values (in bytes: of the rounded ones)
   int32_t *whole;  // [T / 16, cols / 32, width, digits, 2] sums of 16 columns of q
@@ -79,6 +80,11 @@ inline void finish_bytes(const Acts &a, int t, int b) {
 
 // The form of columns 32 b .. 32 b + 31 of token t that products want.
 inline void finish_tile(const Acts &a, int t, int b) {
+#if defined(HASTEN_AMX)
+  const float *own = a.f + (int64_t)t * a.cols + b * TILE;
+  if (a.pieces) put_pieces(a.pieces + a.at(t, b) * 3 * TILE, load(own), load(own + 16));
+#endif
+  if (!a.q) return;
   if (a.int8) finish_bytes<1>(a, t, b);
   else if (DIGITS > 1) finish_bytes<DIGITS>(a, t, b);
   else {
@@ -258,25 +264,24 @@ inline void group_quantised(int layout, const uint8_t *p, const Acts &a, int t0,
 // Columns of even and of odd number have sums of their own, which meet at the end.
 template <int TT, bool BF16>
 within void group_float(int cols, const uint8_t *p, const Acts &a, int t0, vf *acc) {
-  constexpr int STEP = BF16 ? 32 : 64;
-  const auto weights = [](const uint8_t *at) { return BF16 ? from_bfloat16(at) : load((const float *)at); };
   const float *x[TT];
   vf even[TT], odd[TT];
   for (int t = 0; t < TT; t++) {
     x[t] = a.f + (int64_t)(t0 + t) * a.cols;
     even[t] = odd[t] = set(0.0f);
   }
-  for (int k = 0; k + 1 < cols; k += 2, p += 2 * STEP) {
+  for (int k = 0; k + 1 < cols; k += 2, p += BF16 ? 64 : 128) {
     prefetch(p + AHEAD);
     if (!BF16) prefetch(p + AHEAD + 64);
-    const vf w = weights(p), w_odd = weights(p + STEP);
+    const vf w = BF16 ? even_bfloat16(p) : load((const float *)p);
+    const vf w_odd = BF16 ? odd_bfloat16(p) : load((const float *)(p + 64));
     for (int t = 0; t < TT; t++) {
       even[t] = fma(w, set(x[t][k]), even[t]);
       odd[t] = fma(w_odd, set(x[t][k + 1]), odd[t]);
     }
   }
   if (cols % 2)
-    for (int t = 0; t < TT; t++) even[t] = fma(weights(p), set(x[t][cols - 1]), even[t]);
+    for (int t = 0; t < TT; t++) even[t] = fma(load((const float *)p), set(x[t][cols - 1]), even[t]);
   for (int t = 0; t < TT; t++) acc[t] = add(even[t], odd[t]);
 }
 
@@ -286,7 +291,7 @@ inline void group_of(const HastenMatrix &m, int g, const Acts &a, int t0, vf *ac
   vf own[TT];  // nobody else's: it can stay in registers
   for (int t = 0; t < TT; t++) own[t] = set(0.0f);
   if (m.layout == L_F32) group_float<TT, false>(m.cols, p, a, t0, own);
-  else if (!quantised(m.layout)) group_float<TT, true>(m.cols, p, a, t0, own);
+  else if (!quantised(m.layout)) group_float<TT, true>(a.cols, p, a, t0, own);
   else if (a.int8) group_quantised<TT, true>(m.layout, p, a, t0, own);
   else group_quantised<TT, false>(m.layout, p, a, t0, own);
   for (int t = 0; t < TT; t++) acc[t] = own[t];
@@ -311,17 +316,19 @@ inline void sums_by_vectors(const HastenMatrix &m, int g, const Acts &a, int t0,
 // TOKENS: as many as keep their activations in the cache while all rows pass over them.
 #if defined(HASTEN_AMX)
 #include "tiles_amx.h"
+#include "tiles_bfloat16.h"
 constexpr int TOKENS = 256;
 #else
 constexpr int TOKENS = 64;
 struct Tiles {
-  explicit Tiles(int) {}
+  Tiles(int, bool) {}
 };
 #endif
 
 // Sums of rows 16 g .. 16 g + 15 for tokens t0 .. t0 + n - 1 into acc; t0 begins a block, n <= TOKENS.
 inline void group_sums(const HastenMatrix &m, int g, const Acts &a, int t0, int n, vf *acc) {
 #if defined(HASTEN_AMX)
+  if (m.layout == L_BF16) return sums_of_pieces(m, g, a, t0, n, acc);
   if (quantised(m.layout) && n >= (a.int8 ? BY_TILES_INT8 : BY_TILES)) return sums_by_tiles(m, g, a, t0, n, acc);
 #endif
   const int most = DIGITS > 1 && !a.int8 && quantised(m.layout) ? IN_DIGITS : AT_ONCE;

@@ -127,7 +127,7 @@ static void pack_row(int source, const uint8_t *from, int64_t cols, int r, uint8
       }
       return;
     case HASTEN_BF16:
-      for (int64_t k = 0; k < cols; k++) memcpy(group + k * 32 + r * 2, from + k * 2, 2);
+      for (int64_t k = 0; k < cols; k += 2) memcpy(group + k * 32 + r * 4, from + k * 2, k + 1 < cols ? 4 : 2);
       return;
     case HASTEN_Q4_K:
       for (int64_t b = 0; b < cols / 256; b++) put_q4_k(group + b * 2368, r, from + b * 144);
@@ -160,7 +160,7 @@ void pack_groups(int source, const uint8_t *from, int64_t rows, int64_t cols, co
                  int64_t first, int64_t last) {
   const int64_t bytes = group_bytes(layout_of(source), cols), stored = stored_row_bytes(source, cols);
   for (int64_t g = first; g < last; g++) {
-    if ((g + 1) * LANES > rows) memset(to + g * bytes, 0, bytes);
+    if ((g + 1) * LANES > rows || cols % TILE) memset(to + g * bytes, 0, bytes);
     for (int r = 0; r < LANES && g * LANES + r < rows; r++) {
       int64_t row = order ? order[g * LANES + r] : g * LANES + r;
       pack_row(source, from + row * stored, cols, r, to + g * bytes);
@@ -183,7 +183,7 @@ void unpack_row(const HastenMatrix &m, int64_t row, float *out) {
     const uint8_t *tile, *super;
     switch (m.layout) {
       case L_F32: memcpy(out + at, group + at * 64 + r * 4, 4); break;
-      case L_BF16: out[at] = from_bfloat(u16(group + at * 32 + r * 2)); break;
+      case L_BF16: out[at] = from_bfloat(u16(group + at / 2 * 64 + r * 4 + at % 2 * 2)); break;
       case L_Q8:
         tile = group + at / TILE * 544;
         out[at] = from_half(u16(tile + 512 + 2 * r)) * byte_at(tile, r, k);

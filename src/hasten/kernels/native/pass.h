@@ -10,7 +10,7 @@ inline Span share(int64_t count, int thread, int threads) {
 template <class Space>
 inline Acts acts(const Space &s, int tokens, bool int8) {
   const int cols = (int)s.cols, width = tokens < BLOCK ? tokens : BLOCK;
-  return {s.f, s.q, s.halves, s.scale, s.total, s.whole, cols, cols / TILE, width, int8};
+  return {s.f, s.q, s.halves, s.pieces, s.scale, s.total, s.whole, cols, cols / TILE, width, int8};
 }
 
 constexpr int EACH = 64;  // tokens for every thread from which on they are shared out
@@ -280,7 +280,9 @@ inline void output(Thread &T, const float *post) {
 }
 
 inline void run_pass(const Stack &stack, const HastenPass &pass, int thread, int threads) {
-  const Tiles tiles(pass.queries > pass.wanted_total ? pass.queries : pass.wanted_total);
+  const Workspace &w = stack.space;
+  const bool pieces = w.normed.pieces || w.mixed.pieces || w.inner.pieces;
+  const Tiles tiles(pass.queries > pass.wanted_total ? pass.queries : pass.wanted_total, pieces);
   (void)tiles;
   Thread T(stack, pass, thread, threads);
   T.since = now();
@@ -313,7 +315,7 @@ inline void run_pass(const Stack &stack, const HastenPass &pass, int thread, int
 
 inline void run_linear(const HastenMatrix &m, const float *x, int tokens, bool int8, float *y, const Workspace &space,
                        int thread, int threads) {
-  const Tiles tiles(tokens);
+  const Tiles tiles(tokens, space.normed.pieces != nullptr);
   (void)tiles;
   const Acts a = acts(space.normed, tokens, int8);
   for (int t = thread; t < tokens; t += threads) {

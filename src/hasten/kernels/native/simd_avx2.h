@@ -79,6 +79,16 @@ inline vf from_bfloat16(const void *p) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(q)), 16)),
           _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(q + 1)), 16))};
 }
+inline vf even_bfloat16(const void *p) {
+  const __m256i *q = (const __m256i *)p;
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(q), 16)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(q + 1), 16))};
+}
+inline vf odd_bfloat16(const void *p) {
+  const __m256i *q = (const __m256i *)p, high = _mm256_set1_epi32((int)0xffff0000);
+  return {_mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256(q), high)),
+          _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256(q + 1), high))};
+}
 inline vf from_i8(const void *p) {
   const __m128i v = _mm_loadu_si128((const __m128i *)p);
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(v)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(v, 8)))};

@@ -44,6 +44,11 @@ inline vf from_half16(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256
 inline vf from_bfloat16(const void *p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
 }
+// Columns of even and of odd number of 16 rows of bfloat16, which lie in pairs.
+inline vf even_bfloat16(const void *p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
+inline vf odd_bfloat16(const void *p) {
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32((int)0xffff0000)));
+}
 inline vf from_i8(const void *p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p))); }
 inline vf from_u8(const void *p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p))); }
 
@@ -79,6 +84,18 @@ inline void put_halves(int8_t *p, vf lo, vf hi) {
       _mm_storeu_si128((__m128i *)(p + 16 * i), _mm512_cvtepi32_epi8(_mm512_sub_epi32(h, _mm512_slli_epi32(high, 4))));
       _mm_storeu_si128((__m128i *)(p + 32 + 16 * i), _mm512_cvtepi32_epi8(high));
       v[i] = up;
+    }
+}
+
+// Three pieces of 32 numbers in bfloat16, 64 bytes from one to the next, upper first, whose sums are the numbers.
+inline void put_pieces(uint16_t *p, vf lo, vf hi) {
+  const vi high = _mm512_set1_epi32((int)0xffff0000);
+  vf v[2] = {lo, hi};
+  for (int piece = 0; piece < 3; piece++, p += 32)
+    for (int i = 0; i < 2; i++) {
+      const vi bits = _mm512_and_si512(_mm512_castps_si512(v[i]), high);
+      _mm256_storeu_si256((__m256i *)(p + 16 * i), _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+      v[i] = sub(v[i], _mm512_castsi512_ps(bits));
     }
 }
 

@@ -105,6 +105,18 @@ inline vf from_bfloat16(const void *p) {
   }
   return out;
 }
+inline vf even_bfloat16(const void *p) {
+  uint16_t h[32];
+  memcpy(h, p, 64);
+  for (int i = 0; i < 16; i++) h[i] = h[2 * i];
+  return from_bfloat16(h);
+}
+inline vf odd_bfloat16(const void *p) {
+  uint16_t h[32];
+  memcpy(h, p, 64);
+  for (int i = 0; i < 16; i++) h[i] = h[2 * i + 1];
+  return from_bfloat16(h);
+}
 inline vf from_i8(const void *p) { LANEWISE((float)((const int8_t *)p)[i]); }
 inline vf from_u8(const void *p) { LANEWISE((float)((const uint8_t *)p)[i]); }
 inline void to_i8(int8_t *p, const vf &x) {

@@ -15,7 +15,8 @@ struct Workspace {
   float *part = nullptr;         // [T, slices of the vocabulary, 3] best logit, its id, sum of exponentials
   struct {
     float *f;
-    int8_t *q, *halves;
+    int8_t *q, *halves;  // null where no weights are quants
+    uint16_t *pieces;    // null where none are bfloat16
     float *scale, *total;
     int32_t *whole;
     int64_t cols;

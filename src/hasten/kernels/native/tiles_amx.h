@@ -15,14 +15,14 @@ struct TileShapes {  // the operand of LDTILECFG
   uint8_t rows[16];
 };
 
-enum Tile { SUMS, SHORT, SHORT_WEIGHTS, LONG, LONG_WEIGHTS, TILES };  // tile registers: rows of 32 and of 64 bytes
+enum Tile { SUMS, SHORT, SHORT_WEIGHTS, LONG, LONG_WEIGHTS, SUMS_2, SUMS_3, TILES };  // tile registers: rows of 32 and of 64 bytes
 
 // This thread's tiles as the kernels want them. What the thread had before, such as torch's kernels, is put back
 // afterwards. Written as assembly, as the compiler's own intrinsics do not say which memory they touch.
 struct Tiles {
   TileShapes before;
-  const bool wanted;  // one token is for vectors, and AMX that is not woken leaves them their pace
-  explicit Tiles(int tokens) : wanted(tokens >= BY_TILES) {
+  const bool wanted;  // one token of bytes is for vectors, and AMX that is not woken leaves them their pace
+  Tiles(int tokens, bool pieces) : wanted(tokens >= BY_TILES || pieces) {
     if (!wanted) return;
     TileShapes own;
     memset(&own, 0, sizeof own);
