@@ -59,7 +59,7 @@ def drafters() -> str:
         f"{result['prompts_per_group']} prompts, quartiles below, the best above 1 in bold. "
         f"{_machine(result['machine'])}; [all figures](speculative.md#measured)."
     )
-    return f"{text}\n\n{table(('task', 'activations', *(f'`{name}`' for name in names)), rows)}"
+    return f"{text}\n\n{table(('task', 'setting', *(f'`{name}`' for name in names)), rows)}"
 
 
 def passes() -> str:

@@ -13,6 +13,7 @@ from hasten.engine.contracts import MethodContext
 from hasten.engine.engine import Parts
 from hasten.models.feature import FeatureModel, identity
 from hasten.models.heads import MedusaHeads
+from hasten.models.native import NativeStack
 from hasten.types import Request, SamplingParams
 
 METHODS = ("prompt-lookup", "token-recycling", "aded:table=none", "aded", "fspad", "auto")
@@ -20,9 +21,15 @@ METHODS = ("prompt-lookup", "token-recycling", "aded:table=none", "aded", "fspad
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def llm(request, smollm2_gguf):
-    if request.param == "bfloat16" and not torch.cpu._is_amx_tile_supported():
-        pytest.skip("without AMX a pass rounds by its number of tokens in bfloat16")
-    return hasten.load(smollm2_gguf, dtype=request.param, cache_bytes=800_000_000)
+    loaded = hasten.load(smollm2_gguf, dtype=request.param, cache_bytes=800_000_000)
+    if not same_bits(loaded) and not torch.cpu._is_amx_tile_supported():
+        pytest.skip("without AMX a pass rounds by its number of tokens in bfloat16 on torch")
+    return loaded
+
+
+def same_bits(llm) -> bool:
+    """Whether a pass rounds alike whatever else is in it; on torch in bfloat16 it may not."""
+    return llm.dtype == torch.float32 or isinstance(llm.model, NativeStack)
 
 
 def prompts(llm, per_group: int) -> list[list[int]]:
@@ -40,7 +47,7 @@ def test_sixty_prompts_give_the_tokens_of_plain_decoding(llm):
         same = sum(out.tokens == text for out, text in zip(drafted, plain, strict=True))
         chains = method == "prompt-lookup"
         # beside the likeliest path of a tree, keys lie in other slots: bfloat16 may round a sum over them differently
-        assert same >= (60 if llm.dtype == torch.float32 or chains else 52), f"{method}: {same} of 60"
+        assert same >= (60 if same_bits(llm) or chains else 52), f"{method}: {same} of 60"
         assert sum(out.usage.accepted_tokens for out in drafted) > 200, method
 
 
@@ -59,7 +66,7 @@ def untrained(llm, slug: str, folder) -> str:
 @pytest.mark.parametrize("slug", ["eagle", "medusa", "draft-model", "rsd"])
 def test_sixty_prompts_with_drafters_that_need_a_second_network(llm, slug, tmp_path):
     """Untrained layers, and counted statistics in the place of a draft model; every node is verified."""
-    if llm.dtype != torch.float32:
+    if not same_bits(llm):
         pytest.skip("in bfloat16 texts may part at near-ties beside the likeliest path")
     context = MethodContext(llm.name, llm.model, llm.tokenizer)
     if slug in ("eagle", "medusa"):
@@ -85,7 +92,7 @@ def test_batches_and_seeds_too(llm, method):
     plain = [out.tokens for out in llm.generate(asked, method="plain", **options)]
     drafted = [out.tokens for out in llm.generate(asked, method=method, **options)]
     same = sum(a == b for a, b in zip(plain, drafted, strict=True))
-    assert same >= (12 if llm.dtype == torch.float32 else 10), f"{same} of 12"
+    assert same >= (12 if same_bits(llm) else 10), f"{same} of 12"
 
 
 def test_a_few_in_the_default_suite(llm):
@@ -94,4 +101,4 @@ def test_a_few_in_the_default_suite(llm):
         for ids in asked:
             plain = llm.generate(ids, max_tokens=16, method="plain")
             drafted = llm.generate(ids, max_tokens=16, method=method)
-            assert drafted.tokens == plain.tokens or llm.dtype != torch.float32
+            assert drafted.tokens == plain.tokens or not same_bits(llm)

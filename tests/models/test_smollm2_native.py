@@ -30,6 +30,7 @@ def stacks(smollm2_gguf):
     return {
         "exact": load(smollm2_gguf, cache_bytes=2_000_000_000),
         "int8": load(smollm2_gguf, activations="int8", cache_bytes=400_000_000),
+        "bfloat16": load(smollm2_gguf, dtype="bfloat16", cache_bytes=400_000_000),
         "torch": load(smollm2_gguf, backbone="torch", dtype="float32", cache_bytes=2_000_000_000),
     }
 
@@ -70,7 +71,7 @@ def test_every_instruction_set_writes_the_same_text(stacks, prompts):
     assert all(text == texts["portable"] for text in texts.values())
 
 
-@pytest.mark.parametrize("name", ["exact", "int8"])
+@pytest.mark.parametrize("name", ["exact", "int8", "bfloat16"])
 def test_a_pass_gives_the_bits_of_single_tokens_and_a_batch_those_of_rows_alone(stacks, prompts, name):
     model = stacks[name].model
     ids = torch.tensor(prompts[20][:160])

@@ -82,18 +82,24 @@ def test_what_choosing_says_about_its_tables_holds():
     spec, canvas, serve = (json.loads((folder / f"{name}.json").read_text()) for name in ("spec", "canvas", "serve"))
 
     def speeds(setup: str, group: str) -> dict[str, float]:
-        ours = {name: one["decode_ratio"]["mean"] for name, one in spec[setup][group].items() if "llama" not in name}
-        return {name: speed for name, speed in ours.items() if name != "plain"}
+        ours = ("prompt-lookup", "token-recycling", "auto")
+        return {name: spec[setup][group][name]["decode_ratio"]["mean"] for name in ours}
 
     for setup in ("exact", "int8"):
         for group in ("edit", "code", "summary"):
             found = speeds(setup, group)
             assert max(found, key=found.__getitem__) in ("prompt-lookup", "auto")
     for setup in ("exact", "int8"):
-        assert max(abs(speed - 1) for speed in speeds(setup, "chat").values()) < 0.1
+        chat = speeds(setup, "chat")
+        assert max(abs(chat[name] - 1) for name in ("prompt-lookup", "auto")) < 0.05
+        assert 0.85 < chat["token-recycling"] < 0.95
     for name in ("prompt-lookup", "auto"):
-        assert speeds("int8", "summary")[name] > speeds("exact", "summary")[name] + 0.05
         assert speeds("int8", "all")[name] > speeds("exact", "all")[name]
+    groups = [group for group in spec["bfloat16"] if group != "pass_ms"]
+    assert min(speeds("bfloat16", group)["auto"] for group in groups) > 1.05
+    for group in ("arithmetic", "context", "summary"):
+        assert speeds("bfloat16", group)["auto"] > speeds("bfloat16", group)["prompt-lookup"] + 0.05
+    assert 1.05 < speeds("exact", "all")["auto"] < 1.15
     for arms in canvas["canvases"].values():
         speed = {name: one["speedup"]["median"] for name, one in arms.items()}
         assert speed["dual cache + threshold"] > max(speed["dual cache"], speed["threshold"]) > 1.5
