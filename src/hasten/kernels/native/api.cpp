@@ -117,7 +117,9 @@ int grow(T *&p, int64_t count, int64_t &bytes) {
 
 // The forms of activations that products with a matrix want.
 enum Form : unsigned { FLOATS = 0, PIECES_OF_FLOATS = 1, BYTES = 2 };
-unsigned form(const HastenMatrix &m) { return quantised(m.layout) ? BYTES : m.layout == L_BF16 ? PIECES_OF_FLOATS : FLOATS; }
+unsigned form(const HastenMatrix &m) {
+  return quantised(m.layout) ? BYTES : m.layout == L_BF16 ? PIECES_OF_FLOATS : FLOATS;
+}
 
 template <class A>
 int grow_acts(A &a, int64_t tokens, int64_t cols, unsigned forms, int64_t &bytes) {

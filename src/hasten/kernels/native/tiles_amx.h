@@ -15,7 +15,8 @@ struct TileShapes {  // the operand of LDTILECFG
   uint8_t rows[16];
 };
 
-enum Tile { SUMS, SHORT, SHORT_WEIGHTS, LONG, LONG_WEIGHTS, SUMS_2, SUMS_3, TILES };  // tile registers: rows of 32 and of 64 bytes
+// Tile registers: rows of 32 and of 64 bytes.
+enum Tile { SUMS, SHORT, SHORT_WEIGHTS, LONG, LONG_WEIGHTS, SUMS_2, SUMS_3, TILES };
 
 // This thread's tiles as the kernels want them. What the thread had before, such as torch's kernels, is put back
 // afterwards. Written as assembly, as the compiler's own intrinsics do not say which memory they touch.
