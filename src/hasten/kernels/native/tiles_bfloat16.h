@@ -32,19 +32,19 @@ inline void block_of_pieces(const uint8_t *p, const Acts &a, int t0, int n, bool
   const uint16_t *rows = a.pieces + a.at(t0, 0) * PIECES * TILE;
   const int64_t more = (int64_t)a.width * PIECES * TILE;
   tile_clear<SUMS>();
-  if (R > 1) tile_clear<SUMS_2>();
-  if (R > 2) tile_clear<SUMS_3>();
+  if constexpr (R > 1) tile_clear<SUMS_2>();
+  if constexpr (R > 2) tile_clear<SUMS_3>();
   for (int b = 0; b < a.tiles; b++, p += 1024, rows += more) {
     if (ahead)
       for (int line = 0; line < 1024; line += 64) prefetch(p + AHEAD + line);
     tile_load<LONG_WEIGHTS>((const int8_t *)p, 64);
     add_product<SUMS>(rows);
-    if (R > 1) add_product<SUMS_2>(rows + 16 * TILE);
-    if (R > 2) add_product<SUMS_3>(rows + 32 * TILE);
+    if constexpr (R > 1) add_product<SUMS_2>(rows + 16 * TILE);
+    if constexpr (R > 2) add_product<SUMS_3>(rows + 32 * TILE);
   }
   tile_store<SUMS>(sums[0]);
-  if (R > 1) tile_store<SUMS_2>(sums[16 % (R * 16)]);
-  if (R > 2) tile_store<SUMS_3>(sums[32 % (R * 16)]);
+  if constexpr (R > 1) tile_store<SUMS_2>(sums[16]);
+  if constexpr (R > 2) tile_store<SUMS_3>(sums[32]);
   for (int t = 0; t < n; t++) {
     const float *own = sums[PIECES * t];
     acc[t] = add(add(load(own + 2 * LANES), load(own + LANES)), load(own));
