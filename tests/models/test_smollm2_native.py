@@ -5,7 +5,10 @@ from __future__ import annotations
 import inspect
 import math
 import statistics
+import subprocess
+import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -135,3 +138,28 @@ def test_smaller_caches_cost_little(stacks, smollm2_gguf, cache):
     ids = stacks["exact"].encode(text)[:900]
     exact, own = (-one.score(ids[:1], ids[1:]).total / (len(ids) - 1) for one in (stacks["exact"], small))
     assert math.exp(own) <= (1.005 if cache == "bfloat16" else 1.02) * math.exp(exact)
+
+
+GROWTH = """
+import sys, torch, hasten, hasten.llm, hasten.models.native
+
+def megabytes(what):
+    return next(int(line.split()[1]) / 1e3 for line in open("/proc/self/status") if line.startswith(what))
+
+torch.set_num_threads(2)
+before = megabytes("VmRSS")
+llm = hasten.load(sys.argv[1], cache_bytes=30_000_000)
+llm.generate("Write a story about the sea.", max_tokens=200, ignore_eos=True)
+print(megabytes("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux what a process holds")
+def test_a_model_takes_its_file_its_cache_and_little_more(smollm2_gguf):
+    """Packed before, and measured: weights are mapped once, and 60 MB are for the vocabulary and a pass."""
+    command = [sys.executable, "-c", GROWTH, str(smollm2_gguf)]
+    for _ in range(2):  # the first one may pack the weights and measure passes
+        grown = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    keys_and_values = 256 * 30 * 2 * 3 * 64 * 4 / 1e6  # slots, layers, k and v, heads, numbers, bytes
+    print(grown)
+    assert grown <= Path(smollm2_gguf).stat().st_size / 1e6 + keys_and_values + 60
