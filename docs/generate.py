@@ -337,7 +337,7 @@ def spec() -> str:
     )
     if any(name.startswith("llama.cpp") for kind in result["setups"] for name in result[kind]["all"]):
         version = about.get("llama-cpp-python", "")
-        text += f" and llama.cpp (llama-cpp-python {version}) on the same file, whose 4-bit weights it uses"
+        text += f" and llama.cpp ({f'llama-cpp-python {version}'.strip()}) on the same file, whose 4-bit weights it uses"
     text += "."
     head = (
         "setup",

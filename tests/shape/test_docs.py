@@ -89,7 +89,6 @@ def test_what_choosing_says_about_its_tables_holds():
         for group in ("edit", "code", "summary"):
             found = speeds(setup, group)
             assert max(found, key=found.__getitem__) in ("prompt-lookup", "auto")
-    for setup in ("exact", "int8"):
         chat = speeds(setup, "chat")
         assert max(abs(chat[name] - 1) for name in ("prompt-lookup", "auto")) < 0.05
         assert 0.85 < chat["token-recycling"] < 0.95

@@ -42,6 +42,7 @@ inline float power_of_two(int e) {
 
 constexpr int BY_TILES = 3, BY_TILES_INT8 = 9;  // fewer tokens are faster by vectors than by AMX
 constexpr int ONE_TILE = 5;                     // tokens whose digits fill no more than one of AMX's tiles
+constexpr int PIECES = 3;  // in bfloat16 of a float: see tiles_bfloat16.h
 constexpr float MOST = 127 * 65536 + 127 * 256 + 127;  // of three digits
 
 // Columns 32 b .. 32 b + 31 of token t as D digits per number.
@@ -82,7 +83,7 @@ inline void finish_bytes(const Acts &a, int t, int b) {
 inline void finish_tile(const Acts &a, int t, int b) {
 #if defined(HASTEN_AMX)
   const float *own = a.f + (int64_t)t * a.cols + b * TILE;
-  if (a.pieces) put_pieces(a.pieces + a.at(t, b) * 3 * TILE, load(own), load(own + 16));
+  if (a.pieces) put_pieces(a.pieces + a.at(t, b) * PIECES * TILE, load(own), load(own + 16));
 #endif
   if (!a.q) return;
   if (a.int8) finish_bytes<1>(a, t, b);

@@ -7,8 +7,6 @@
 // do not depend on the other rows, and one token goes this way too, so no bit depends on how many share a pass.
 #pragma once
 
-constexpr int PIECES = 3;
-
 template <int SUM>
 within void add_product(const uint16_t *rows) {
   tile_load<LONG>((const int8_t *)rows, 64);
