@@ -54,7 +54,8 @@ class Guesser(nn.Module):
 
     def logits(self, final: Tensor) -> Tensor:
         """float32 logits [..., draft vocab] of placeholders' states after the final norm."""
-        logits = cast(Tensor, self.head(final)).float()
+        rows = final.reshape(-1, final.shape[-1])  # of a transposed batch torch would multiply a copied head by each matrix
+        logits = cast(Tensor, self.head(rows)).float().unflatten(0, final.shape[:-1])
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
     def _facts(self) -> dict[str, str]:

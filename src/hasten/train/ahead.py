@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from hasten.engine.contracts import Needs, RowInput
 from hasten.engine.masks import CAUSAL, mask
 from hasten.errors import out_of_range
 from hasten.models.linear import Linear
@@ -24,6 +25,8 @@ from hasten.models.pseudo import Guesser
 from hasten.models.transformer import Block, Transformer
 from hasten.train import features, loop
 from hasten.train.self_text import Texts
+
+_TOGETHER = 8  # texts marked by one pass
 
 Item = tuple[Tensor, int, Tensor]  # ids [T], prompt length, anchors that may be sampled
 
@@ -68,13 +71,15 @@ def units(confidence: Tensor, alpha: float, most: int) -> Tensor:
     return lengths
 
 
-def confidences(target: Transformer, ids: Tensor) -> Tensor:
-    """Probability [T] that the target gives every token after those before it; 1 for the first."""
-    from hasten.engine.contracts import RowInput
-
-    logits = target.run([RowInput(ids, torch.arange(len(ids)), logits="all")]).logits
-    chances = logits[:-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0].exp()
-    return torch.cat((torch.ones(1), chances))
+def confidences(target: Transformer, texts: Sequence[Tensor]) -> list[Tensor]:
+    """Probability [T] that the target gives every token of each text after those before it; 1 for the first."""
+    done = target.run([RowInput(ids, torch.arange(len(ids)), logits="none") for ids in texts], Needs(final_hidden=True))
+    assert done.final_hidden is not None  # noqa: S101 - asked for
+    out = []
+    for ids, (start, end) in zip(texts, done.spans, strict=True):
+        shares = target.logits(done.final_hidden[start : end - 1]).log_softmax(-1)
+        out.append(torch.cat((torch.ones(1), shares.gather(1, ids[1:, None])[:, 0].exp())))
+    return out
 
 
 def states(
@@ -174,7 +179,7 @@ def loss(
 
 
 class Marked(Sequence[Item]):
-    """Texts with the lengths of the unit that starts at each token, marked when first asked for.
+    """Texts with the lengths of the unit that starts at each token, marked when first asked for, with their neighbours.
 
     Where units are not `marked`, they are endless. Texts with next to no answer are left out.
     """
@@ -190,13 +195,20 @@ class Marked(Sequence[Item]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         if index not in self._done:
-            ids, prompt = self._texts[index]
-            unit = torch.full((len(ids),), self._most)
-            if self._marked:
-                unit = units(confidences(self._target, ids), self._alpha, self._most)
-            self._done[index] = (ids, prompt, unit)
+            first = index - index % _TOGETHER  # always the same ones, so that a run that goes on marks alike
+            some = self._texts[first : first + _TOGETHER]
+            for i, (one, unit) in enumerate(zip(some, self._units([ids for ids, _ in some]), strict=True), first):
+                self._done[i] = (*one, unit)
         return self._done[index]
+
+    def _units(self, texts: Sequence[Tensor]) -> list[Tensor]:
+        if not self._marked:
+            return [torch.full((len(ids),), self._most) for ids in texts]
+        with torch.autocast("cpu", torch.bfloat16):
+            return [units(sure, self._alpha, self._most) for sure in confidences(self._target, texts)]
 
 
 def sample(batch: Sequence[Item], config: Config, generator: torch.Generator) -> list[Tensor]:

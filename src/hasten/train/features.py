@@ -60,21 +60,27 @@ def frequent(texts: Texts, count: int, vocab: int) -> Tensor:
     return best.sort().values
 
 
-def features(target: Transformer, texts: Texts, tokens: int = 2048) -> Iterator[list[tuple[Tensor, Tensor, int]]]:
-    """Batches of (ids [T], the target's final states [T, hidden], prompt length), in the order of the texts."""
+def features(
+    target: Transformer, texts: Texts, tokens: int = 2048, fast: bool = False
+) -> Iterator[list[tuple[Tensor, Tensor, int]]]:
+    """Batches of (ids [T], the target's final states [T, hidden], prompt length), in the order of the texts.
+
+    `fast` computes the states in bfloat16 (for texts that are learnt from; agreement is measured on exact ones).
+    """
     batch: list[tuple[Tensor, int]] = []
     for one in texts.each():
         if batch and sum(len(ids) for ids, _ in batch) + len(one[0]) > tokens:
-            yield _states(target, batch)
+            yield _states(target, batch, fast)
             batch = []
         batch.append(one)
     if batch:
-        yield _states(target, batch)
+        yield _states(target, batch, fast)
 
 
-def _states(target: Transformer, batch: list[tuple[Tensor, int]]) -> list[tuple[Tensor, Tensor, int]]:
+def _states(target: Transformer, batch: list[tuple[Tensor, int]], fast: bool) -> list[tuple[Tensor, Tensor, int]]:
     rows = [RowInput(ids, torch.arange(len(ids)), logits="none") for ids, _ in batch]
-    done = target.run(rows, Needs(final_hidden=True))
+    with torch.autocast("cpu", torch.bfloat16, enabled=fast):
+        done = target.run(rows, Needs(final_hidden=True))
     assert done.final_hidden is not None  # noqa: S101 - asked for
     final = done.final_hidden.clone()
     return [(ids, final[a:b], prompt) for (ids, prompt), (a, b) in zip(batch, done.spans, strict=True)]
@@ -107,28 +113,40 @@ def loss(
     feature (which for FSPAD has an output of its own, so that neither term touches the other's weights).
     """
     embeds = target.embeddings(ids[:, 1:-1]).to(states.dtype)
-    inputs, wanted, mask = states[:, :-2], states[:, 1:-1], weight[:, 2:]
+    inputs, told = states[:, :-2], weight[:, 2:] > 0  # the head is wide: it reads places of answers only
+    wanted, counts = states[:, 1:-1][told], weight[:, 2:][told]
     head = model.head.weight
     assert head is not None  # noqa: S101 - a model in training is not packed
-    with torch.no_grad():
-        teacher = F.linear(wanted.to(head.dtype), head).float()
-        share, best = teacher.softmax(-1), teacher.argmax(-1)
+    share, best = _teacher(head, wanted)
+    place = told.nonzero()[:, 1]
     total = torch.zeros(())
     agreement: list[float] = []
-    count = mask.sum().clamp(min=1)
+    count = counts.sum().clamp(min=1)
     fed = inputs if noise is None else inputs + noise[:, : inputs.shape[1]]
     for step in range(config.unroll):
         out = model.dense(fed, embeds)
-        logits = F.linear(model.norm(out), head).float()
-        entropy = -(share * logits.log_softmax(-1)).sum(-1)
-        distance = F.smooth_l1_loss(model.fed_back(out).float(), wanted, reduction="none").mean(-1)
-        term = ((entropy + config.feature_weight * distance) * mask).sum() / count
+        fed_back = model.fed_back(out).float()
+        logits = F.linear(model.norm(out)[told], head).float()
+        distance = F.smooth_l1_loss(fed_back[told], wanted, reduction="none").mean(-1)
+        mask = counts * (place >= step)
+        term = ((_entropy(share, logits) + config.feature_weight * distance) * mask).sum() / count
         total = total + config.decay**step * term
         agreement.append(float(((logits.argmax(-1) == best) * mask).sum() / count))
         # the next unrolled step reads the feature that this one predicted one place earlier
-        fed = torch.cat((inputs[:, :1], model.fed_back(out).float()[:, :-1]), 1)
-        mask = torch.cat((torch.zeros_like(mask[:, :1]), mask[:, 1:]), 1)
+        fed = torch.cat((inputs[:, :1], fed_back[:, :-1]), 1)
     return total, agreement
+
+
+@torch.no_grad()
+def _teacher(head: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+    """The target's probabilities [N, draft vocab] after its states [N, hidden], and its best of them [N]."""
+    share = F.linear(states.to(head.dtype), head).float().softmax(-1)
+    return share, share.argmax(-1)
+
+
+def _entropy(share: Tensor, logits: Tensor) -> Tensor:
+    """Cross-entropy [N] of logits [N, draft vocab] to the target's probabilities."""
+    return -(share * logits.log_softmax(-1)).sum(-1)
 
 
 def medusa_loss(
@@ -144,18 +162,19 @@ def medusa_loss(
     head = model.head.weight
     assert head is not None  # noqa: S101 - a model in training is not packed
     final = states if noise is None else states + noise
-    ahead = F.linear(model.states(final.to(head.dtype)), head).float()
-    with torch.no_grad():
-        teacher = F.linear(states.to(head.dtype), head).float()
-        share, best = teacher.softmax(-1), teacher.argmax(-1)
+    guesses = model.states(final.to(head.dtype))
+    row, place = (weight[:, 1:] > 0).nonzero(as_tuple=True)  # the places before tokens of answers: what is guessed there
+    share, best = _teacher(head, states[row, place])
+    counts = weight[row, place + 1]
     total = torch.zeros(())
     agreement: list[float] = []
     for k in range(1, model.count + 1):
-        logits, mask = ahead[:, : -k - 1, k - 1], weight[:, k + 1 :]
+        far = place >= k
+        logits = F.linear(guesses[row[far], place[far] - k, k - 1], head).float()
+        mask = counts[far]
         count = mask.sum().clamp(min=1)
-        entropy = -(share[:, k:-1] * logits.log_softmax(-1)).sum(-1)
-        total = total + config.decay ** (k - 1) * (entropy * mask).sum() / count
-        agreement.append(float(((logits.argmax(-1) == best[:, k:-1]) * mask).sum() / count))
+        total = total + config.decay ** (k - 1) * (_entropy(share[far], logits) * mask).sum() / count
+        agreement.append(float(((logits.argmax(-1) == best[far]) * mask).sum() / count))
     return total, agreement
 
 

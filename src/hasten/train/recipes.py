@@ -184,8 +184,7 @@ def guess_ahead(
 ) -> dict[str, Any]:
     """Train what fills placeholders, the maps of hidden transfer or the inputs of LUD, and write it to `out`.
 
-    Every step runs the whole target, a third of the tokens twice, so that a quarter of the steps of other layers is taken
-    with a quarter of the tokens: about twenty minutes for smollm2-135m on two cores.
+    Every step runs the whole target, so that a third of the steps of other layers is taken, with half of the tokens.
     """
     guesser: Guesser
     if slug == "hidden-transfer":
@@ -218,7 +217,7 @@ def guess_ahead(
 
 
 def _shorter(recipe: Recipe) -> dict[str, int]:
-    return {"steps": max(1, recipe.steps // 4), "tokens": max(64, recipe.tokens // 4), "warmup": 20}
+    return {"steps": max(1, recipe.steps // 3), "tokens": max(64, recipe.tokens // 2), "warmup": 20}
 
 
 def count(llm: LLM, recipe: Recipe, texts: Texts, out: Path) -> dict[str, Any]:
@@ -305,7 +304,7 @@ def self_text(llm: LLM, recipe: Recipe, work: Path, show: Progress) -> Texts:
 
 def _states(what: str, target: Transformer, texts: Texts, show: Progress) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
     data: list[tuple[torch.Tensor, torch.Tensor, int]] = []
-    for batch in training.features(target, texts):
+    for batch in training.features(target, texts, fast=True):
         data += batch
         show(what, len(data), len(texts))
     return data
