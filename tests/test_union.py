@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hasten.union as unions
+from hasten.budget import paths
 from hasten.draft.prompt_lookup import Config as LookupConfig
 from hasten.draft.prompt_lookup import PromptLookup
 from hasten.draft.token_recycling import Config, TokenRecycling
@@ -36,15 +37,17 @@ def drafts(draw) -> tuple[Draft, list[float]]:
 @settings(max_examples=150, deadline=None)
 @given(many=st.lists(drafts(), min_size=1, max_size=3), budget=st.integers(0, 12))
 def test_merging_is_a_trie_of_paths_cut_to_the_likeliest(many, budget):
-    chance: dict[tuple[int, ...], float] = {}
+    odds: dict[tuple[int, ...], float] = {}
     for draft, chances in many:
         names: list[tuple[int, ...]] = []
         for token, parent, one in zip(draft.tokens, draft.parents, chances, strict=True):
             names.append((*(names[parent] if parent >= 0 else ()), token))
-            chance[names[-1]] = max(chance.get(names[-1], 0.0), one)
+            none = 1 - sum(other for other, beside in zip(chances, draft.parents, strict=True) if beside == parent)
+            odds[names[-1]] = max(odds.get(names[-1], 0.0), one / max(none, 0.01))
     reach = {}
-    for path in sorted(chance, key=len):
-        reach[path] = chance[path] * reach.get(path[:-1], 1.0)
+    for path in sorted(odds, key=len):
+        beside = sum(other for one, other in odds.items() if one[:-1] == path[:-1])
+        reach[path] = odds[path] / (1 + beside) * reach.get(path[:-1], 1.0)
     want = sorted(reach.values(), reverse=True)[:budget]
     merged = merge(many, budget)
     got: list[tuple[int, ...]] = []
@@ -53,6 +56,22 @@ def test_merging_is_a_trie_of_paths_cut_to_the_likeliest(many, budget):
         got.append((*(got[parent] if parent >= 0 else ()), token))
     assert len(set(got)) == len(got)
     assert [reach[path] for path in got] == pytest.approx(want)
+    assert merged.scores is None or paths(merged, merged.scores) == pytest.approx(want)
+
+
+def test_drafters_that_contradict_each_other_are_weighed_as_independent_witnesses():
+    first, second = {4: 0.6, 7: 0.3}, {5: 0.2, 7: 0.5}
+    alone = merge([(Draft(tuple(first), (-1, -1)), tuple(first.values()))], 8)
+    assert dict(zip(alone.tokens, alone.scores, strict=True)) == pytest.approx(first)
+    both = merge([(Draft(tuple(one), (-1, -1)), tuple(one.values())) for one in (first, {5: 0.2, 6: 0.5})], 8)
+    # each says what the token is, or that it is none of its own; only what they can both be right in counts
+    joint = {4: 0.6 * 0.3, 7: 0.3 * 0.3, 5: 0.1 * 0.2, 6: 0.1 * 0.5}
+    total = sum(joint.values()) + 0.1 * 0.3
+    assert dict(zip(both.tokens, both.scores, strict=True)) == pytest.approx({t: one / total for t, one in joint.items()})
+    agreed = merge([(Draft(tuple(one), (-1, -1)), tuple(one.values())) for one in (first, second)], 8)
+    odds = {4: 0.6 / 0.1, 7: max(0.3 / 0.1, 0.5 / 0.3), 5: 0.2 / 0.3}  # of two that agree, the surer one is believed
+    total = 1 + sum(odds.values())
+    assert dict(zip(agreed.tokens, agreed.scores, strict=True)) == pytest.approx({t: o / total for t, o in odds.items()})
 
 
 def members(engine) -> list:

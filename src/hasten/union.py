@@ -17,6 +17,7 @@ from hasten.pass_cost import PassCost
 
 _TYPICAL = 8  # nodes of one row by which members are compared
 _MOST = 31  # nodes of one row that are looked at beforehand
+_SURE = 0.01  # a drafter leaves at least this chance that none of a node's children is right
 
 
 class _Record:
@@ -35,10 +36,11 @@ class _Record:
 class Union:
     """Merges the drafts of `members` by equal token under equal parent (SpecInfer) and keeps the likeliest nodes.
 
-    Nodes of different drafters are compared by each one's measured acceptance, and a node that several propose counts as
-    the surest says. Members that sample are judged like the others (law match), so that merging changes no result.
-    With `cost`, the measured times of passes, a member that takes time itself is asked only when its tokens are worth more
-    than that beside what the others have drafted. Raises ConfigError for fewer than two members.
+    Nodes of different drafters are compared by each one's measured acceptance: of a node that several propose the surest is
+    believed, and of siblings that different ones propose only one can be right (`merge`). Members that sample are judged
+    like the others (law match), so that merging changes no result. With `cost`, the measured times of passes, a member that
+    takes time itself is asked only when its tokens are worth more than that beside what the others have drafted.
+    Raises ConfigError for fewer than two members.
     """
 
     draws: Draws = "point"
@@ -153,10 +155,18 @@ class Union:
 
 
 def merge(drafts: Sequence[tuple[Draft, Sequence[float]]], budget: int) -> Draft:
-    """The `budget` likeliest nodes of all (draft, chances given the parent), merged by token, likeliest first."""
+    """The `budget` likeliest nodes of all (draft, chances given the parent), merged by token, likeliest first.
+
+    At most one of a node's children is right, and drafters that name different ones contradict each other: each child's
+    odds against "none of them" are what the surest of its drafters gives, and chances follow from the odds of all. The
+    chances of a draft that is alone at a node stay as they are.
+    """
     children: list[dict[int, int]] = [{}]  # node 0 is the root; token -> child
-    chance: list[float] = [1.0]
+    odds: list[float] = [1.0]
     for draft, chances in drafts:
+        none = dict.fromkeys(draft.parents, 1.0)  # parent -> the chance that it has no child that is right
+        for parent, one in zip(draft.parents, chances, strict=True):
+            none[parent] -= one
         place = {-1: 0}
         for i, (token, parent) in enumerate(zip(draft.tokens, draft.parents, strict=True)):
             at = place[parent]
@@ -164,9 +174,14 @@ def merge(drafts: Sequence[tuple[Draft, Sequence[float]]], budget: int) -> Draft
             if node is None:
                 node = children[at][token] = len(children)
                 children.append({})
-                chance.append(0.0)
-            chance[node] = max(chance[node], chances[i])
+                odds.append(0.0)
+            odds[node] = max(odds[node], chances[i] / max(none[parent], _SURE))
             place[i] = node
+    chance = [1.0] * len(odds)
+    for below in children:
+        total = 1.0 + sum(odds[node] for node in below.values())
+        for node in below.values():
+            chance[node] = odds[node] / total
     if len(children) == 1 or budget < 1:
         return EMPTY_DRAFT
     heap = [(-chance[node], node, token, -1) for token, node in children[0].items()]

@@ -184,17 +184,19 @@ def guess_ahead(
 ) -> dict[str, Any]:
     """Train what fills placeholders, the maps of hidden transfer or the inputs of LUD, and write it to `out`.
 
-    Every step runs the whole target, so that a third of the steps of other layers is taken, with half of the tokens.
+    Every step runs the whole target, so that a third of the steps of other layers is taken with half of the tokens, for
+    LUD, whose placeholders pass through every layer, a quarter.
     """
     guesser: Guesser
     if slug == "hidden-transfer":
         at = round(recipe.entry * len(target.layers))
         guesser = TransferMaps(target, kept, (at,) * recipe.ahead, torch.float32)
-        config = ahead.Config(share=0.5, seed=recipe.seed, **_shorter(recipe))
+        config = ahead.Config(share=0.5, seed=recipe.seed, **_shorter(recipe, 3))
     else:
         fresh = TrainedInputs(target, kept, recipe.ahead, 8, 16, torch.float32)
         guesser = fresh.reset(target, recipe.seed)
-        config = ahead.Config(lr=2e-3, share=0.25, outside=0.5, alpha=recipe.alpha, seed=recipe.seed, **_shorter(recipe))
+        sizes = _shorter(recipe, 4)
+        config = ahead.Config(lr=2e-3, share=0.25, outside=0.5, alpha=recipe.alpha, seed=recipe.seed, **sizes)
     data = ahead.Marked(learnt, target, guesser, config, marked=slug == "lud")
     last = ahead.Marked(held, target, guesser, config, marked=False)
     before = ahead.agreement(target, guesser, last)
@@ -216,8 +218,8 @@ def guess_ahead(
     return {**facts, "path": str(out), "bytes": out.stat().st_size}
 
 
-def _shorter(recipe: Recipe) -> dict[str, int]:
-    return {"steps": max(1, recipe.steps // 3), "tokens": max(64, recipe.tokens // 2), "warmup": 20}
+def _shorter(recipe: Recipe, by: int) -> dict[str, int]:
+    return {"steps": max(1, recipe.steps // by), "tokens": max(64, recipe.tokens // 2), "warmup": 20}
 
 
 def count(llm: LLM, recipe: Recipe, texts: Texts, out: Path) -> dict[str, Any]:
