@@ -22,7 +22,7 @@ claim_checked = (
     "untrained; plain decoding, prompt lookup and its speed with the measured budget, in two phases and in one, beside."
 )
 
-SIZES = {"texts": 320, "answer": 96, "steps": 480, "tokens": 2048, "vocab": 8192}  # steps of maps are a quarter of these
+SIZES = {"texts": 320, "answer": 96, "steps": 480, "tokens": 2048, "vocab": 8192}  # maps take fewer of both
 
 
 def untrained(llm: LLM, path: Path) -> str:

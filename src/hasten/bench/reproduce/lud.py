@@ -22,7 +22,7 @@ claim_checked = (
     "inputs untrained; prompt lookup beside. One training per seed; --quick uses what is there."
 )
 
-SIZES = {"texts": 320, "answer": 96, "steps": 480, "tokens": 2048, "vocab": 8192}  # steps of inputs are a quarter of these
+SIZES = {"texts": 320, "answer": 96, "steps": 480, "tokens": 2048, "vocab": 8192}  # inputs take fewer of both
 BETA = 0.9  # of mode=trust
 KEPT = 0.97  # least share of tokens equal to plain decoding's for "nearly the same"
 
