@@ -56,8 +56,8 @@ def train(
 ) -> None:
     """Train a drafter on text the model writes itself, or one of the small models.
 
-    A drafter takes 10 to 45 minutes for smollm2-135m on two cores, 10 of them for the texts, which are written once; a small
-    model, on procedural tasks, 10 to 80. A run that is cut goes on where it was.
+    A drafter takes 10 to 45 minutes for smollm2-135m on two cores, 10 of them for the texts, which are written once; a
+    small model, on procedural tasks, 10 to 80. A run that is cut goes on where it was.
     """
     from hasten.errors import ConfigError, unknown_name
     from hasten.train.minis import MINIS, plain_name
