@@ -80,12 +80,14 @@ class HiddenTransfer:
                 hint="choose another method (`hasten methods`)",
                 field="method",
             )
-        self.config, self.target = config, target
+        self.config = config
         self.maps = load_maps(weights_path("hidden-transfer", target, context.model, config.weights), target)
         if config.k > self.maps.count:
             raise out_of_range("hidden-transfer.k", config.k, f"at most the {self.maps.count} maps that were trained")
         self._pseudo = self.maps.pseudo(config.k)
         self.needs = Needs()
+        # the stack that runs placeholders is loaded here, lest its seconds count as those of a draft
+        self._stack = as_transformer(target) if config.k else None
         if config.k:
             fused = config.mode == "fused"
             self.needs = Needs(pseudo=self._pseudo) if fused else Needs(hidden=tuple(sorted(set(self._pseudo.layers))))
@@ -140,9 +142,8 @@ class HiddenTransfer:
         if self.config.mode == "fused":
             return torch.stack([tip for tip in tips if isinstance(tip, Tensor)])
         known = [(row.past, tip) for row, tip in zip(rows, tips, strict=True) if row.past and not isinstance(tip, Tensor)]
-        stack = as_transformer(self.target)
-        assert stack is not None  # noqa: S101 - a decoder stack has one, or cannot serve hooks
-        return look_ahead(stack, known, self._pseudo)
+        assert self._stack is not None  # noqa: S101 - a decoder stack has one, or cannot serve hooks
+        return look_ahead(self._stack, known, self._pseudo)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Nothing is learnt."""

@@ -14,6 +14,7 @@ from hasten.engine.contracts import EMPTY_DRAFT, Draft, Draws, Feedback, Law, Me
 from hasten.engine.sampling import draw, uniform
 from hasten.errors import IncompatibleError, out_of_range
 from hasten.models.feature import weights_path
+from hasten.models.native import as_transformer
 from hasten.models.pseudo import load_inputs
 from hasten.models.stack import DecoderStack
 from hasten.types import MethodCard
@@ -86,6 +87,7 @@ class Lud:
         self.sampled = config.sampled
         self.needs = Needs()
         if config.k and config.beta <= 1.0:  # above 1 no span could ever start
+            as_transformer(target)  # loads the stack that runs placeholders, whose seconds are not the first pass's
             ends: Literal["ends", "all"] = "all" if config.places == "all" else "ends"
             self.needs = Needs(pseudo=self.inputs.pseudo(config.k, "last" if trust else ends))
         self._ahead: dict[int, Tensor] = {}
